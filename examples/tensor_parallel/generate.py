@@ -1,0 +1,276 @@
+"""Tensor-parallel text generation from a plain script: no torchrun, no ``__main__`` guard.
+
+    python generate.py [--model DIR] [--world-size N] [--prompt TEXT] [--max-new-tokens N]
+
+Each rank of a ``WorkerGroup`` holds its part of every matrix, split by transformers' own tensor
+parallelism, and the keys and values of the text so far. The driver never imports torch: it asks
+for one token a call, of all ranks at once, and prints the answer of rank 0.
+
+    driver                          rank 0                 rank 1
+    prefill(prompt)  ===========>   its part, all-reduce, its part
+            token    <===========   argmax                 argmax (not sent)
+    next_token()     ===========>   ...
+
+When the text is done, a second group of one rank writes it again: the tokens must be the same.
+Needs torch, transformers and accelerate, which transformers asks for when it splits a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from rankwise import StartupError, WorkerGroup, WorkerGroupError, worker_info
+
+# transformers reads these when it is imported: errors only, no progress bars, no network.
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class Shard:
+    """One rank's part of the model, and the cache of the text that all ranks are writing."""
+
+    def __init__(self, path: str) -> None:
+        """Load this rank's part of the checkpoint in `path`; ValueError says why it cannot be."""
+        began = time.perf_counter()
+        import torch
+        import transformers.modeling_utils  # a lazy package: this is its heavy part
+
+        import rankwise.torch
+
+        began = report(f"torch {torch.__version__}, transformers {transformers.__version__}", began)
+        rankwise.torch.init_process_group()
+        began = report(f"process group ({torch.distributed.get_backend()})", began)
+        self.model: Any = load(path)
+        if torch.cuda.is_available():
+            self.model.to(torch.device("cuda", worker_info().local_rank))
+        whole = self.model.num_parameters()
+        parts = (p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters())
+        part = sum(tensor.numel() for tensor in parts)
+        report(f"weights ({part:,} of {whole:,} on this rank)", began)
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        torch.distributed.destroy_process_group()
+
+    def prefill(self, prompt: list[int]) -> int:
+        """Forget the last text, read `prompt` and return the token that follows it."""
+        self.cache: Any = None
+        return self._follow(prompt)
+
+    def next_token(self) -> int:
+        """The token after the one returned last."""
+        return self._follow([self.last])
+
+    def _follow(self, ids: list[int]) -> int:
+        import torch
+
+        # Without gradients, transformers multiplies plain local tensors; with them, every layer
+        # goes through DTensor.
+        with torch.inference_mode():
+            row = torch.tensor([ids], device=self.model.device)
+            out = self.model(input_ids=row, past_key_values=self.cache, use_cache=True)
+            self.cache = out.past_key_values
+            self.last = int(out.logits[0, -1].argmax())
+        return self.last
+
+
+def load(path: str) -> Any:
+    """The model, this rank's part of it; whatever is wrong with the files is one ValueError.
+
+    float32, because the order in which parts are added up differs with the number of ranks, and
+    rounding in half precision would now and then show as another token.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # It fills the parameters that the files lack, before it tells which these are.
+    warnings.filterwarnings("ignore", message="DTensor random operators")
+    options: dict[str, Any]
+    try:
+        from transformers.distributed import DistributedConfig
+
+        # The size of the mesh is WORLD_SIZE, its process group the one that we have joined.
+        options = {"distributed_config": DistributedConfig(tp_plan="auto")}
+    except (ImportError, TypeError):  # older releases
+        options = {"tp_plan": "auto"}
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are listed in `found`, by name
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        raise ValueError(f"cannot load {path}: {first_sentence(error)}") from error
+    # A layer that lacks its weights would only be a warning, and nonsense as text.
+    for kind in ("mismatched", "missing", "unexpected"):
+        if keys := sorted(found[f"{kind}_keys"]):
+            name = keys[0] if isinstance(keys[0], str) else keys[0][0]
+            raise ValueError(
+                f"the weights in {path} do not fit its config.json: {kind} {name}"
+                + (f" and {len(keys) - 1} more" if keys[1:] else "")
+            )
+    return model
+
+
+def report(phase: str, began: float) -> float:
+    """Print on rank 0 how long a phase took; returns the time now."""
+    now = time.perf_counter()
+    if worker_info().rank == 0:
+        print(f"{phase:<60} {now - began:6.2f} s", flush=True)
+    return now
+
+
+def first_sentence(error: BaseException) -> str:
+    return re.split(r"(?<=[.!])\s|\n", str(error).strip() or type(error).__name__)[0]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` and, over it, `generation_config.json`; exits with a sentence without them."""
+    if not directory.is_dir():
+        sys.exit(f"generate.py: {directory} is not a directory")
+    settings: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        file = directory / name
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("not a JSON object")
+            settings |= content
+        except FileNotFoundError:
+            if name == "config.json":
+                sys.exit(f"generate.py: {directory} has no config.json: not a model directory")
+        except (OSError, ValueError) as error:
+            sys.exit(f"generate.py: cannot read {file}: {first_sentence(error)}")
+    return settings
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        sys.exit(f"generate.py: {directory} has no tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        sys.exit(f"generate.py: cannot read {file}: {first_sentence(error)}")
+
+
+def check(config: dict[str, Any], prompt: list[int], world_size: int, limit: int) -> None:
+    """What would fail in the workers, or worse, not fail: told before any of them is started."""
+    if world_size < 1 or limit < 1:
+        sys.exit("generate.py: --world-size and --max-new-tokens must be at least 1")
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = config.get(name) or world_size
+        if heads % world_size:
+            sys.exit(f"generate.py: {name} is {heads}, which {world_size} ranks cannot share")
+    if not prompt:
+        sys.exit("generate.py: the prompt is empty")
+    if max(prompt) >= config.get("vocab_size", sys.maxsize):
+        sys.exit("generate.py: tokenizer.json has more tokens than the vocab_size in config.json")
+    room = config.get("max_position_embeddings", sys.maxsize)
+    if len(prompt) + limit > room:
+        sys.exit(
+            f"generate.py: {len(prompt)} tokens of prompt and {limit} new ones are more than "
+            f"the {room} that the model was made for"
+        )
+
+
+def placement(world_size: int) -> dict[str, Any]:
+    """A GPU a rank where there are enough of them, else the CPU for all.
+
+    Hidden, not just unused: transformers binds rank i to GPU i as soon as torch sees any.
+    """
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = min(gpus, len([item for item in visible.split(",") if item.strip()]))
+    if gpus >= world_size:
+        return {"devices": "shared", "env": QUIET}
+    return {"env": QUIET | {"CUDA_VISIBLE_DEVICES": ""}}
+
+
+def decode(group: WorkerGroup, prompt: list[int], limit: int, stop: set[int]) -> Iterator[int]:
+    """Greedy tokens, each as soon as rank 0 has it: all ranks run a call, one of them answers."""
+    head = group.options(reply_from=0)
+    token = head.call(Shard.prefill, prompt)
+    yield token
+    for _ in range(limit - 1):
+        if token in stop:
+            return
+        token = head.call(Shard.next_token)
+        yield token
+
+
+def run(options: argparse.Namespace) -> None:
+    """Start, write, check: in the order of the output."""
+    config = read_config(options.model)
+    tokenizer = read_tokenizer(options.model)
+    prompt = tokenizer.encode(options.prompt).ids
+    check(config, prompt, options.world_size, options.max_new_tokens)
+    eos = config.get("eos_token_id")
+    stop = set(eos if isinstance(eos, list) else [eos])
+    limit = options.max_new_tokens
+    start = {"args": (str(options.model),), "name": "shard"} | placement(options.world_size)
+
+    began = time.perf_counter()
+    print(f"starting {options.world_size} processes", flush=True)
+    with WorkerGroup(Shard, options.world_size, **start) as group:
+        print(f"ready after {time.perf_counter() - began:.2f} s\n\n{options.prompt}", end="")
+        text = DecodeStream(skip_special_tokens=True)
+        tokens, times = [], []
+        for token in decode(group, prompt, limit, stop):
+            tokens.append(token)
+            times.append(time.perf_counter())
+            print(text.step(tokenizer, token) or "", end="", flush=True)
+    print(f"\n\n{len(tokens)} tokens, {rate(times)} tokens a second on {options.world_size} ranks")
+
+    if options.world_size > 1:
+        print("\nthe same with one process", flush=True)
+        with WorkerGroup(Shard, 1, **start) as group:
+            pairs = [(token, time.perf_counter()) for token in decode(group, prompt, limit, stop)]
+        alone, times = [token for token, _ in pairs], [when for _, when in pairs]
+        if alone != tokens:
+            same = next(i for i, pair in enumerate(zip(alone, tokens)) if pair[0] != pair[1])
+            sys.exit(f"generate.py: one process writes another token after {same} equal ones")
+        print(f"the same {len(tokens)} tokens, {rate(times)} tokens a second")
+
+
+def rate(times: list[float]) -> str:
+    """Tokens a second after the first, whose time is the prompt's."""
+    return f"{(len(times) - 1) / (times[-1] - times[0]):.1f}" if times[1:] else "-"
+
+
+parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+parser.add_argument("--model", type=Path, default=Path(__file__).with_name("checkpoint"))
+parser.add_argument("--world-size", type=int, default=2)
+parser.add_argument("--prompt", default="Return a new")
+parser.add_argument("--max-new-tokens", type=int, default=96)
+try:
+    run(parser.parse_args())
+except StartupError as error:
+    sys.exit(f"generate.py: {first_sentence(error.__cause__ or error)}")
+except WorkerGroupError as error:
+    sys.exit(f"generate.py: {first_sentence(error)}")
+except KeyboardInterrupt:
+    print()
+    sys.exit(130)

@@ -1,0 +1,193 @@
+"""From a settled call to what its caller gets: a value, or an exception that says why not.
+
+It runs in the waiter's thread, never under a lock: it unpickles, which runs the user's code.
+"""
+
+from __future__ import annotations
+
+from rankwise._calls import Broken, Call, Cancelled, Closed, Error, Expired, Garbled, Lost, Stuck
+from rankwise._messages import FAILED, OK
+from rankwise._outcome import failed_at, failure
+from rankwise.errors import (
+    CallTimeout,
+    GroupBroken,
+    GroupClosed,
+    RemoteError,
+    WorkerDied,
+    WorkerGroupError,
+    describe_exit,
+)
+from rankwise.wire import codec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from rankwise._engine import Engine
+
+
+def take(call: Call, engine: Engine) -> Any:
+    """The value of the settled `call`, in the shape that its caller asked for; or raises."""
+    answers = dict(call.answers)  # a copy: late answers still come in
+    error = call.error
+    if error is not None and not (call.return_exceptions and isinstance(error, (Lost, Broken))):
+        raise explain(error, call, engine)
+    failures = {rank: body for rank, (kind, body) in answers.items() if kind == FAILED}
+    if failures and not call.return_exceptions:
+        raise _earliest(failures, call, engine)
+    if call.reply_from is not None and call.shape is not None and call.reply_from in answers:
+        return _value(call.reply_from, answers, call, engine)
+    values = [_value(rank, answers, call, engine) for rank in call.ranks]
+    return values[0] if call.shape is not None else values
+
+
+def _value(
+    rank: int, answers: Mapping[int, tuple[int, bytes]], call: Call, engine: Engine
+) -> object:
+    answer = answers.get(rank)
+    if answer is None:  # only with return_exceptions, and the group broke
+        assert call.error is not None
+        return explain(call.error, call, engine, rank=rank)
+    kind, body = answer
+    if kind == FAILED:
+        return failure(body, rank, engine.ranks.pid(rank), call.method)
+    if kind != OK:
+        return None
+    try:
+        return codec.loads(body)
+    except Exception as reason:
+        error = RemoteError(
+            f"the result of rank {rank} (pid {engine.ranks.pid(rank)}) in {call.method} could not be "
+            f"rebuilt in the driver: {type(reason).__name__}: {reason}",
+            rank=rank,
+            pid=engine.ranks.pid(rank),
+            method=call.method,
+            type_name=type(reason).__name__,
+        )
+        if call.return_exceptions:
+            return error
+        raise error from reason
+
+
+def _earliest(failures: Mapping[int, bytes], call: Call, engine: Engine) -> Exception:
+    """The failure that came first by the workers' clock; `failures` on it has all of them."""
+    order = sorted(failures, key=lambda rank: (failed_at(failures[rank]), rank))
+    errors = {
+        rank: failure(failures[rank], rank, engine.ranks.pid(rank), call.method) for rank in order
+    }
+    first = errors[order[0]]
+    try:
+        first.failures = errors  # type: ignore[attr-defined]
+    except AttributeError:
+        pass  # an exception class with __slots__
+    return first
+
+
+def explain(
+    error: Error, call: Call | None, engine: Engine, *, rank: int | None = None
+) -> WorkerGroupError:
+    """A new exception for `error`, as `call` sees it (None: a call that was refused)."""
+    match error:
+        case Expired(missing=missing):
+            assert call is not None
+            return timeout_error(call, engine, "its deadline passed", missing)
+        case Closed():
+            what = "the group is closed" if call is None else f"the group was closed before {call.method}() was answered"
+            return GroupClosed(f"{engine.name}: {what}")
+        case Cancelled():
+            return WorkerGroupError(f"{engine.name}: the call was cancelled")
+        case Lost() if call is not None and (rank is None or rank == error.rank):
+            return died(error, engine)
+        case Lost() | Broken() | Stuck() | Garbled():
+            cause = error.cause if isinstance(error, Broken) else error
+            return broken(cause, engine)
+    raise AssertionError(f"no words for {error!r}")
+
+
+def broken(cause: Error, engine: Engine) -> GroupBroken:
+    """What a call meets in a group that broke for `cause`: a new GroupBroken, with its `first`."""
+    match cause:
+        case Lost():
+            first: BaseException = died(cause, engine)
+            text = str(first)
+        case Stuck(call=call, failed=rank, missing=missing):
+            first = failure(call.answers[rank][1], rank, engine.ranks.pid(rank), call.method)
+            text = (
+                f"rank {rank} failed in {call.method}() ({type(first).__name__}: {first}) and "
+                f"{_ranks(missing)} had not left it {call.grace:g} s later (option grace)"
+            )
+        case Garbled(rank=at, reason=reason):
+            where = "the launcher" if at < 0 else f"rank {at} (pid {engine.ranks.pid(at)})"
+            text = f"{where}: {reason}"
+            first = WorkerGroupError(text)
+        case _:
+            raise AssertionError(f"no words for {cause!r}")
+    return GroupBroken(
+        f"{engine.name} is broken and takes no more calls: {text}. Make a new group.", first=first
+    )
+
+
+def died(lost: Lost, engine: Engine) -> WorkerDied:
+    """The WorkerDied for a rank that ended, with its exit report."""
+    report = lost.report
+    pid = engine.ranks.pid(lost.rank)
+    exitcode = None if report is None else report.exitcode
+    parts = [f"rank {lost.rank} (pid {pid}) of {engine.name} {describe_exit(exitcode)}"]
+    if report is not None and report.oom_killed:
+        parts.append(" by the kernel, which ran out of memory")
+        if report.peak_rss:
+            parts.append(f" (it had {report.peak_rss / 2**30:.1f} GiB resident)")
+    parts.append(" while idle" if lost.method is None else f" in {lost.method}()")
+    if lost.call_id is not None:
+        parts.append(f", call {lost.call_id}")
+    tail = "" if report is None else report.log_tail
+    last = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), "")
+    if last:
+        parts.append(f"; its last line: {last[:200]!r}")
+    if exitcode == -7:
+        parts.append("; SIGBUS often means that /dev/shm or another mapped file is full")
+    return WorkerDied(
+        "".join(parts),
+        rank=lost.rank,
+        pid=pid,
+        exitcode=exitcode,
+        oom_killed=None if report is None else report.oom_killed,
+        method=lost.method,
+        call_id=lost.call_id,
+        log_tail=tail,
+        stack=None if report is None else report.stack,
+        peak_rss=None if report is None else report.peak_rss,
+    )
+
+
+def timeout_error(
+    call: Call, engine: Engine, why: str, missing: tuple[int, ...] | None = None
+) -> CallTimeout:
+    """The CallTimeout of `call`: who has answered, and what each of the others is doing."""
+    owing = tuple(call.missing()) if missing is None else missing
+    answered = tuple(rank for rank in call.ranks if rank not in owing)
+    states: dict[int, str] = {}
+    seconds: dict[int, float] = {}
+    lines = []
+    for rank in owing:
+        states[rank], seconds[rank] = engine.ranks.state(rank, call.id)
+        lines.append(f"\n  rank {rank}: pid {engine.ranks.pid(rank)}, {states[rank]}")
+        if states[rank] == "running":
+            lines.append(f" {call.method}() for {seconds[rank]:.1f} s")
+    waiting = "" if not owing else f"; waiting for {_ranks(owing)}"
+    return CallTimeout(
+        f"{call.method}() of {engine.name} has {len(answered)} of {len(call.ranks)} answers: "
+        f"{why}{waiting}{''.join(lines)}",
+        method=call.method,
+        answered=answered,
+        missing=owing,
+        states=states,
+        seconds=seconds,
+    )
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return f"ranks {', '.join(map(str, ranks[:16]))}{', ...' if len(ranks) > 16 else ''}"

@@ -1,0 +1,54 @@
+"""The callback thread of a group: runs the user's callbacks, and nothing else does."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from queue import SimpleQueue
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+logger = logging.getLogger("rankwise")
+
+
+class Callbacks:
+    """One daemon thread, started with the first job. A job put is run once, in order."""
+
+    def __init__(self, name: str) -> None:
+        self._name = f"rankwise-{name}-callbacks"
+        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def ensure(self) -> None:
+        """Have the thread running: called when somebody asks for a callback, never at the end."""
+        with self._lock:
+            if self._thread is None and not self._closed:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread.start()
+
+    def put(self, job: Callable[[], object]) -> None:
+        self._jobs.put(job)
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            if job is None:
+                return
+            try:
+                job()
+            except Exception:
+                logger.exception("a callback of %s failed", self._name)
+            job = None  # the thread, while it waits, keeps no future alive
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Run what was put, and end the thread; `timeout` bounds the wait for a user's callback."""
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+        self._jobs.put(None)
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout)

@@ -1,0 +1,136 @@
+"""A call, and the reasons why one may end without its answers. Plain data; the ledger changes it."""
+
+from __future__ import annotations
+
+from rankwise._messages import CALL
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rankwise._messages import Exited
+
+
+class Call:
+    """One call and what is known of it. Owned by the ledger; others read it."""
+
+    __slots__ = (
+        "answers", "begun", "bodies", "body", "break_at", "deadline", "done", "dropped", "ended",
+        "error", "future", "grace", "id", "kind", "led", "method", "on_error", "ranks", "reply_from",
+        "return_exceptions", "shape", "watchers",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        method: str,
+        body: bytes,
+        ranks: tuple[int, ...],
+        *,
+        shape: int | None = None,
+        bodies: dict[int, bytes] | None = None,
+        kind: int = CALL,
+        deadline: float | None = None,
+        reply_from: int | None = None,
+        return_exceptions: bool = False,
+        on_error: str = "continue",
+        grace: float = 30.0,
+    ) -> None:
+        self.id = 0
+        self.kind = kind
+        self.method = method
+        self.body = body
+        self.bodies = bodies  # a body of its own for each rank (scatter, boot)
+        self.ranks = ranks
+        self.shape = shape  # the rank whose bare value is the result; None: a list
+        self.deadline = deadline
+        self.reply_from = reply_from  # the only rank whose value is wanted; None: all
+        self.return_exceptions = return_exceptions
+        self.on_error = on_error
+        self.grace = grace
+        self.answers: dict[int, tuple[int, bytes]] = {}  # rank -> kind of frame, body
+        self.error: Error | None = None  # settled by this, not by the answers
+        self.break_at: float | None = None  # first failure + grace
+        self.begun = False  # a byte of it may have been sent to a rank
+        self.dropped = False  # cancelled or expired before that: no rank will see it
+        self.done = False  # settled: the future has its outcome
+        self.ended = False  # no rank owes anything for it any more
+        self.watchers: list[Callable[[], object]] | None = None  # told once it is done
+        self.future: object = None  # kept alive until it is done
+        self.led = False  # an event loop leads for it: nobody else needs its outcome
+
+    def body_for(self, rank: int) -> bytes:
+        return self.body if self.bodies is None else self.bodies[rank]
+
+    def missing(self) -> list[int]:
+        return [rank for rank in self.ranks if rank not in self.answers]
+
+
+class Error:
+    """Why a call was settled without its answers. The waiter makes the exception of it."""
+
+    __slots__ = ()
+
+
+class Expired(Error):
+    """Its deadline passed; the ranks in `missing` had not answered."""
+
+    __slots__ = ("missing",)
+
+    def __init__(self, missing: tuple[int, ...]) -> None:
+        self.missing = missing
+
+
+class Lost(Error):
+    """Rank `rank` ended while it owed `method` (call `call_id`), or while it was idle (None)."""
+
+    __slots__ = ("call_id", "method", "rank", "report")
+
+    def __init__(
+        self, rank: int, report: Exited | None, method: str | None, call_id: int | None
+    ) -> None:
+        self.rank = rank
+        self.report = report
+        self.method = method
+        self.call_id = call_id
+
+
+class Stuck(Error):
+    """`failed` of `call` failed; `missing` had not finished when the grace period ended."""
+
+    __slots__ = ("call", "failed", "missing")
+
+    def __init__(self, call: Call, failed: int, missing: tuple[int, ...]) -> None:
+        self.call = call
+        self.failed = failed
+        self.missing = missing
+
+
+class Garbled(Error):
+    """What came from rank `rank` makes no sense, or does not come at all: `reason`."""
+
+    __slots__ = ("rank", "reason")
+
+    def __init__(self, rank: int, reason: str) -> None:
+        self.rank = rank
+        self.reason = reason
+
+
+class Broken(Error):
+    """The group broke for `cause` while the call was open (the call itself did not cause it)."""
+
+    __slots__ = ("cause",)
+
+    def __init__(self, cause: Error) -> None:
+        self.cause = cause
+
+
+class Closed(Error):
+    """The caller closed the group."""
+
+    __slots__ = ()
+
+
+class Cancelled(Error):
+    """The caller cancelled it before a byte was sent."""
+
+    __slots__ = ()

@@ -1,0 +1,90 @@
+"""`worker_info()` and `current_call()`: where the code that runs is, in a worker.
+
+A worker process has one answer for all its threads. Ranks that are threads of the driver
+(`backend="inline"`) have one each.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from rankwise._deadline import left
+from rankwise._status import is_cancelled
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from rankwise._rankinfo import RankInfo
+
+
+class CurrentCall:
+    """The call that a worker is running: `id`, `method`, `remaining()`, `cancelled()`."""
+
+    __slots__ = ("_deadline", "_words", "id", "method")
+
+    def __init__(self, id: int, method: str, deadline: float | None, words: memoryview) -> None:
+        self.id = id
+        self.method = method
+        self._deadline = deadline
+        self._words = words
+
+    def __repr__(self) -> str:
+        return f"CurrentCall(id={self.id}, method={self.method!r})"
+
+    def remaining(self) -> float | None:
+        """Seconds until the caller's deadline, 0.0 once it has passed; None where it gave none."""
+        return left(self._deadline)
+
+    def cancelled(self) -> bool:
+        """Whether the caller has cancelled this call. It goes on all the same, unless it looks."""
+        return is_cancelled(self._words, self.id)
+
+
+class Place:
+    """Where some code runs: the rank's info, and the call that it is in."""
+
+    __slots__ = ("call", "info")
+
+    def __init__(self, info: RankInfo) -> None:
+        self.info = info
+        self.call: CurrentCall | None = None
+
+
+_process: Place | None = None
+_threads = threading.local()
+
+
+def enter_process(place: Place) -> None:
+    """This process is a worker from now on."""
+    global _process
+    _process = place
+
+
+def enter_thread(place: Place) -> None:
+    """The calling thread is a worker from now on."""
+    _threads.place = place
+
+
+def _place() -> Place | None:
+    return getattr(_threads, "place", _process)
+
+
+def worker_info() -> RankInfo:
+    """Which rank this is: rank, world_size, local_rank, local_world_size, node_rank, num_nodes,
+    group, device (an index, or None), master_addr, master_port.
+
+    Raises RuntimeError outside a worker.
+    """
+    place = _place()
+    if place is None:
+        raise RuntimeError(
+            "worker_info() was called outside a worker: only code that a WorkerGroup runs has a rank"
+        )
+    return place.info
+
+
+def current_call() -> CurrentCall:
+    """The call that the worker is running. Raises RuntimeError where it runs none."""
+    place = _place()
+    if place is None or place.call is None:
+        raise RuntimeError("current_call() was called outside a call of a WorkerGroup")
+    return place.call

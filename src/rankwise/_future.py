@@ -1,0 +1,233 @@
+"""GroupFuture: a call's outcome to come, for threads, callbacks and event loops alike.
+
+    result()            > Engine.wait: the waiter itself leads, no thread stands between
+    await               > Engine.await_call: the loop leads
+    add_done_callback,  > Engine.watch: the keeper leads, the group's callback thread calls
+    wait, as_completed
+
+The call is the truth; this object is a view of it. `done` follows from the call, and the value is
+decoded once, by the first who asks for it, in that one's thread. The parts of the standard library's
+Future that only some need (its condition, its waiters) are made when they are first touched: that
+halves what a future costs.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import CancelledError, Future
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, LOGGER, PENDING, RUNNING
+from typing import TypeVar
+
+from rankwise._answers import take, timeout_error
+from rankwise._calls import Call, Cancelled
+from rankwise._deadline import check_timeout, deadline
+from rankwise._messages import FAILED
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from typing import Any
+
+    from rankwise._engine import Engine
+
+T = TypeVar("T")
+
+
+class GroupFuture(Future[T]):
+    """The outcome of one call. Made by `submit`, never by hand.
+
+    A `concurrent.futures.Future` that can also be awaited, from any running asyncio or uvloop loop.
+    Callbacks run on one thread named for the group, or at once in the caller's where the future is
+    already done. `rank` is the rank whose value it is, None where it is a list.
+    """
+
+    def __init__(self, call: Call, engine: Engine, keep: object) -> None:
+        # Not the standard library's __init__: see the top of this file.
+        self._call = call
+        self._engine = engine
+        self._keep = keep  # the group lives as long as somebody may still ask it for this
+        self._decoded = False
+        self._fetched = False
+        self._announced = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+        call.future = self
+
+    def __getattr__(self, name: str) -> Any:
+        """The standard library's parts, when it first touches them."""
+        if name == "_condition":
+            made: object = self.__dict__.setdefault("_condition", threading.Condition())
+            self._engine.watch(self)
+            return made
+        if name == "_waiters":
+            return self.__dict__.setdefault("_waiters", [])
+        if name == "_done_callbacks":
+            return self.__dict__.setdefault("_done_callbacks", [])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def _state(self) -> str:  # read by concurrent.futures.wait, as_completed and repr
+        call = self._call
+        if not call.done:
+            return RUNNING if call.begun else PENDING
+        return CANCELLED_AND_NOTIFIED if isinstance(call.error, Cancelled) else FINISHED
+
+    @property
+    def rank(self) -> int | None:
+        """The rank whose value this is; None where it is a list of several."""
+        return self._call.shape
+
+    def __repr__(self) -> str:
+        return f"<GroupFuture of {self._call.method}() on {self._engine.name}: {self._state.lower()}>"
+
+    def done(self) -> bool:
+        return self._call.done
+
+    def running(self) -> bool:
+        """Whether a byte of it may have been sent, and it is not done."""
+        return self._call.begun and not self._call.done
+
+    def cancelled(self) -> bool:
+        return isinstance(self._call.error, Cancelled)
+
+    def cancel(self) -> bool:
+        """Drop the call on every rank, if no byte of it was sent to any: True.
+
+        Otherwise it runs on every rank, `current_call().cancelled()` is true there, and this says
+        False.
+        """
+        return self._engine.cancel(self._call)
+
+    # -- the outcome --------------------------------------------------------------------------
+
+    def result(self, timeout: float | None = None) -> T:
+        """The value, or raises what the call raised.
+
+        timeout: this waiter's patience, seconds. CallTimeout after it; the call goes on and the
+        future stays open.
+        """
+        self._wait(timeout)
+        self._decode()
+        self._fetched = True
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self = None  # type: ignore[assignment]  # the traceback must not keep the future
+        value: T = self._value
+        return value
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What the call raised, or None. `timeout` as in `result`."""
+        self._wait(timeout)
+        self._decode()
+        self._fetched = True
+        return self._error
+
+    def _wait(self, timeout: float | None) -> None:
+        call = self._call
+        if not call.done:
+            limit = check_timeout(timeout)
+            if not self._engine.wait(call, deadline(limit)):
+                raise timeout_error(call, self._engine, f"nobody waited longer than {limit:g} s")
+        if isinstance(call.error, Cancelled):
+            raise CancelledError
+
+    def _decode(self) -> None:
+        if self._decoded:
+            return
+        lock = self.__dict__.setdefault("_decoding", threading.RLock())
+        with lock:
+            if self._decoded:
+                return
+            try:
+                self._value = take(self._call, self._engine)
+            except Exception as error:
+                self._error = error
+            self._decoded = True
+            self._call.answers = dict.fromkeys(self._call.answers, (0, b""))
+
+    def __await__(self) -> Generator[Any, None, T]:
+        call = self._call
+        if not call.done:
+            from asyncio import get_running_loop
+
+            try:
+                yield from self._engine.await_call(call, get_running_loop())
+            except BaseException:
+                if not call.done:
+                    self.cancel()  # the waiter was cancelled: it leaves at once, the call as it may
+                self._fetched = True
+                raise
+        if isinstance(call.error, Cancelled):
+            from asyncio import CancelledError as AsyncCancelledError
+
+            raise AsyncCancelledError
+        return self.result()
+
+    # -- callbacks ----------------------------------------------------------------------------
+
+    def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
+        """Call `fn(future)` once it is done: on the group's callback thread, or at once where it
+        is done already. What `fn` raises is logged."""
+        with self._condition:
+            if not self._call.done:
+                self._done_callbacks.append(fn)
+                return
+        self._call_back(fn)
+
+    def _call_back(self, fn: Callable[[Future[T]], object]) -> None:
+        try:
+            fn(self)
+        except Exception:
+            LOGGER.exception("exception calling callback for %r", self)
+
+    def announce(self) -> None:
+        """Tell those who do not wait in `result`. On the callback thread; again does no harm."""
+        with self._condition:
+            if self._announced:
+                return
+            self._announced = True
+            callbacks = list(self._done_callbacks)
+            for waiter in self._waiters:
+                self._tell(waiter)
+            self._condition.notify_all()
+        for fn in callbacks:
+            self._call_back(fn)
+
+    def _tell(self, waiter: Any) -> None:
+        if self.cancelled():
+            waiter.add_cancelled(self)
+        elif self._failed():
+            waiter.add_exception(self)
+        else:
+            waiter.add_result(self)
+
+    @property
+    def watched(self) -> bool:
+        """Whether anybody but waiters in `result` and `await` may want to hear of it."""
+        return "_condition" in self.__dict__
+
+    def _failed(self) -> bool:
+        call = self._call
+        if self._decoded:
+            return self._error is not None
+        if call.error is not None:
+            return True
+        kinds = [kind for kind, _ in list(call.answers.values())]
+        return FAILED in kinds and not call.return_exceptions
+
+    def __del__(self) -> None:
+        call = self.__dict__.get("_call")
+        if call is None or self._fetched or not call.done or isinstance(call.error, Cancelled):
+            return
+        self._engine.unfetched(self)
+
+    def set_running_or_notify_cancel(self) -> bool:
+        raise RuntimeError("a GroupFuture is settled by its group alone")
+
+    def set_result(self, result: T) -> None:
+        raise RuntimeError("a GroupFuture is settled by its group alone")
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        raise RuntimeError("a GroupFuture is settled by its group alone")

@@ -1,0 +1,249 @@
+"""WorkerGroup and its views: the verbs of a user. It wires the parts and decides nothing.
+
+    group.call(f, x) > View._call: resolve, encode > Engine.run > take > value
+    group.submit     > View._call                  > Engine.submit > GroupFuture
+    group[2:6], group.options(...) > another View of the same engine
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+
+from rankwise import _lifetime
+from rankwise._answers import broken
+from rankwise._calls import Closed
+from rankwise._deadline import check_timeout, deadline
+from rankwise._health import RankHealth, health_of
+from rankwise._options import DEFAULTS
+from rankwise._spec import GroupSpec, check_spec
+from rankwise._views import ManyView, OneView
+from rankwise.backends import launch
+from rankwise.backends.boot import startup_error
+from rankwise.errors import GroupBroken
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from types import TracebackType
+    from typing import Any, Self
+
+    from rankwise._calls import Call
+    from rankwise._engine import Engine
+    from rankwise._rankinfo import RankInfo
+    from rankwise._spec import per_rank
+    from rankwise._start import GroupStart
+
+    Env = Mapping[str, str] | Sequence[Mapping[str, str]] | Callable[[RankInfo], Mapping[str, str]]
+
+
+class WorkerGroup(ManyView):
+    """One stateful worker a rank, called as if the group were one object.
+
+    target: a class, or any callable that returns the worker object; called in each worker as
+        `target(*args, **kwargs)`. What `__main__` defines travels by value.
+    world_size: how many ranks.
+    args, kwargs: for all ranks, or `per_rank([...])`, one a rank.
+    name: shows in process titles, logs and errors.
+    env: variables for the workers: a mapping, a list of mappings (one a rank), or a function of
+        RankInfo. In place before any user import there; the driver's environment is not touched.
+    devices: None, "shared", "isolated", or a list of indices or UUIDs, one a rank.
+    threads: "auto" (CPUs of this process // ranks), an int, or None: for OMP, MKL, OpenBLAS, torch.
+    start_method: "spawn", or "forkserver": forked from a launcher that has imported `preload`.
+    start_timeout: seconds until every rank is ready; None waits.
+    logs: "prefix", "inherit" or "off": how the workers' output is shown.
+    on_failure: called once, on the callback thread, with the GroupBroken.
+    spin: "auto", or seconds: how long a waiter polls before it sleeps in the kernel.
+    backend: "local" (processes), or "inline" (threads of the driver, for pdb and fast tests).
+
+    Returns when every rank is ready. Raises TypeError or ValueError for a wrong argument and
+    SerializationError for one that cannot travel, both before any process is started; StartupError
+    where a rank fails, StartupTimeout where it takes too long. Nothing is left of a failed start.
+    """
+
+    def __init__(
+        self,
+        target: Callable[..., object],
+        world_size: int,
+        *,
+        args: Sequence[object] | per_rank = (),
+        kwargs: Mapping[str, object] | per_rank | None = None,
+        name: str = "workers",
+        env: Env | None = None,
+        devices: str | Sequence[int | str] | None = None,
+        threads: int | str | None = "auto",
+        start_method: str = "spawn",
+        preload: Sequence[str] = (),
+        start_timeout: float | None = None,
+        logs: str = "prefix",
+        on_failure: Callable[[GroupBroken], object] | None = None,
+        spin: float | str = "auto",
+        backend: str = "local",
+    ) -> None:
+        spec = check_spec(
+            target,
+            world_size,
+            args=args,
+            kwargs=kwargs,
+            name=name,
+            env=env,
+            devices=devices,
+            threads=threads,
+            start_method=start_method,
+            preload=preload,
+            start_timeout=start_timeout,
+            logs=logs,
+            on_failure=on_failure,
+            spin=spin,
+            backend=backend,
+        )
+        engine, boot = launch(spec)
+        try:
+            in_time = engine.wait(boot, deadline(spec.start_timeout))
+        except BaseException:
+            engine.kill()
+            raise
+        self._adopt(spec, engine, boot, not in_time)
+
+    @classmethod
+    def start(cls, target: Callable[..., object], world_size: int, **options: Any) -> GroupStart:
+        """Start a group and return at once. Takes the constructor's arguments.
+
+        `group = await WorkerGroup.start(...)`, or `async with WorkerGroup.start(...) as group`.
+        """
+        from rankwise._start import GroupStart  # asyncio: 30 ms
+
+        group = cls.__new__(cls)
+        return GroupStart(check_spec(target, world_size, **options), group._adopt)
+
+    def _adopt(self, spec: GroupSpec, engine: Engine, boot: Call, timed_out: bool) -> Self:
+        """Be the group of the started `engine`, or raise why it did not start."""
+        engine.starting = False
+        error = startup_error(boot, engine, timed_out, spec.start_timeout or 0.0)
+        if error is not None:
+            engine.kill()
+            report = None if error.rank is None else engine.ranks.reports.get(error.rank)
+            if report is not None and not error.log_tail:
+                error.log_tail = report.log_tail
+            raise error
+        self._init_view(engine, tuple(range(spec.world_size)), self, None, DEFAULTS)
+        self._spec = spec
+        weakref.finalize(self, _lifetime.abandon, engine, spec.name).atexit = False
+        return self
+
+    # -- what it is ---------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        engine = self._engine
+        cause = engine.refusal()
+        state = "open" if cause is None else "closed" if isinstance(cause, Closed) else "broken"
+        return (
+            f"<WorkerGroup {engine.name!r}: {engine.world_size} ranks, {self._spec.backend}, "
+            f"spin={self._spec.spin}, {state}>"
+        )
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a WorkerGroup cannot be pickled: it belongs to the process that made it. Pass results, "
+            "or make a group where it is needed"
+        )
+
+    @property
+    def name(self) -> str:
+        return self._engine.name
+
+    @property
+    def world_size(self) -> int:
+        return self._engine.world_size
+
+    @property
+    def pids(self) -> list[int]:
+        """The ranks' process ids, in rank order (this process's, where they are threads)."""
+        return [self._engine.ranks.pid(rank) or os.getpid() for rank in range(self.world_size)]
+
+    def __iter__(self) -> Iterator[OneView]:
+        return (self[rank] for rank in range(self.world_size))
+
+    # -- how it is ----------------------------------------------------------------------------
+
+    def health(self) -> list[RankHealth]:
+        """What each rank is doing now, in rank order. Never blocks, never calls a worker."""
+        return health_of(self._engine)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether calls are taken: the group is neither broken nor closed."""
+        return self._engine.refusal() is None
+
+    @property
+    def failure(self) -> GroupBroken | None:
+        """What broke the group: a new GroupBroken, or None."""
+        cause = self._engine.refusal()
+        return None if cause is None or isinstance(cause, Closed) else broken(cause, self._engine)
+
+    # -- its end ------------------------------------------------------------------------------
+
+    def close(self, timeout: float | None = 10.0) -> None:
+        """End in order: no new calls; wait up to `timeout` seconds (None: as long as it takes) for
+        those submitted and for the workers' own exit; then SIGTERM, 1 s, SIGKILL.
+
+        Futures that are open then get GroupClosed. Nothing is left afterwards: no process, thread,
+        descriptor or memory. Again it does nothing. `^C` turns the wait into a kill.
+        """
+        self._engine.close(check_timeout(timeout))
+
+    async def aclose(self, timeout: float | None = 10.0) -> None:
+        """`close`, without blocking the event loop."""
+        from rankwise._start import in_thread
+
+        await in_thread(self._engine.close, check_timeout(timeout))
+
+    def kill(self) -> None:
+        """End at once, by SIGKILL. Open futures get GroupClosed."""
+        self._engine.kill()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As in `concurrent.futures.Executor`: `close` without a limit; `cancel_futures` drops what
+        is queued; without `wait` a thread of its own does the closing."""
+        if wait:
+            self._engine.close(None, drop=cancel_futures)
+        else:
+            self._engine.refuse()
+            threading.Thread(
+                target=self._engine.close,
+                args=(None,),
+                kwargs={"drop": cancel_futures},
+                name=f"rankwise-{self.name}-shutdown",
+            ).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._engine.inert is not None:
+            return  # a forked child leaves the block: its copy is none of its business
+        if kind is None:
+            self._engine.close(None)
+        else:
+            self._engine.close(10.0, drop=True)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        from rankwise._start import in_thread
+
+        if self._engine.inert is None:
+            limit = None if kind is None else 10.0
+            await in_thread(self._engine.close, limit, drop=kind is not None)

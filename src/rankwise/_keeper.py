@@ -1,0 +1,121 @@
+"""The keeper: one background thread a group, asleep unless something happens that nobody waits for.
+
+    launcher ==message=> keeper > deaths, phases, output       timers > Ledger.expire
+    replies that no caller leads for > Pump.lead_once           kick   > Pump.mend
+
+It sleeps in `Pump.outer`: the launcher's channel and pidfd, its own eventfd, and the reply sockets
+(nested, armed only when a call is open that nobody waits for). While calls are open it also looks
+around every quarter of a second: for answers that were lost, and for acknowledgements that nobody
+has fetched. An idle group's keeper does not wake at all.
+
+An engine that is abandoned (its group was collected) is ended by a thread that the keeper starts: a
+finalizer may run inside any lock and can do no more than say so.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from rankwise._calls import Garbled
+from rankwise._deadline import clock
+from rankwise._pump import NEVER, TICK
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from rankwise.backends.local import LocalEngine
+
+LINGER = 4  # looks without work before the keeper sleeps for good
+
+
+class Keeper:
+    """Owns the background thread of `engine`."""
+
+    def __init__(self, engine: LocalEngine, name: str) -> None:
+        self.abandoned = False
+        self._ending = False
+        self._engine = engine
+        self._pump = engine.pump
+        self._idle = 0
+        self._suspects: dict[int, int] = {}  # rank -> call that it owed, idle, at the last look
+        self.thread = threading.Thread(target=self._run, name=f"rankwise-{name}-io", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def stop(self) -> None:
+        """End the thread and wait for it. Not from the thread itself."""
+        self._ending = True
+        self._pump.kick()
+        if threading.current_thread() is not self.thread:
+            self.thread.join()
+
+    def _run(self) -> None:
+        pump = self._pump
+        while not self._ending:
+            events = pump.outer.poll(self._timeout())
+            if self._ending:
+                break
+            self._handle({fd for fd, _ in events})
+            if self.abandoned:
+                self.abandoned = False
+                threading.Thread(target=self._engine.kill, name=self.thread.name + "-end").start()
+
+    def _timeout(self) -> float | None:
+        pump = self._pump
+        with pump.lock:
+            now = clock()
+            busy = pump.traffic or bool(pump.ledger.open)
+            pump.traffic = False
+            self._idle = 0 if busy else self._idle + 1
+            until = now + TICK if self._idle < LINGER else NEVER
+            timer = pump.ledger.next_timer()
+            if timer is not None:
+                until = min(until, timer)
+            if self._engine.next_step is not None:
+                until = min(until, self._engine.next_step)
+            pump.wake_at = until
+        return None if until == NEVER else max(0.0, until - now)
+
+    def _handle(self, fds: set[int]) -> None:
+        pump = self._pump
+        engine = self._engine
+        if pump.keeper_wake in fds:
+            try:
+                os.eventfd_read(pump.keeper_wake)
+            except BlockingIOError:
+                pass
+            pump.mend()
+        if engine.control_fd in fds or engine.launcher_pidfd in fds:
+            engine.hear()
+        if pump.sockets.deaths or pump.ready_fd in fds or not fds:
+            if not pump.lead_once():
+                pump.disarm()
+                pump.rouse_leader()
+        now = clock()
+        with pump.lock:
+            pump.ledger.expire(now)
+        if not fds:
+            self._look_for_lost()
+        if pump.ledger.settled:
+            pump.tell()
+            pump.rouse_leader()
+        engine.step(now)
+
+    def _look_for_lost(self) -> None:
+        """A rank that is idle while it owes an answer, at two looks in a row, will never give it."""
+        pump = self._pump
+        ranks = self._engine.ranks
+        suspects: dict[int, int] = {}
+        with pump.lock:
+            owed = list(pump.ledger.owed())
+        for rank, call in owed:
+            if pump.sockets.quiet(rank) and ranks.state(rank)[0] == "idle":
+                suspects[rank] = call.id
+        for rank, call_id in suspects.items():
+            if self._suspects.get(rank) == call_id:
+                with pump.lock:
+                    pump.ledger.break_group(
+                        Garbled(rank, f"it is idle and owes the answer to call {call_id}")
+                    )
+        self._suspects = suspects

@@ -1,0 +1,358 @@
+"""The launcher: one small process a group, the parent of every rank.
+
+    driver ==Launch, Signal, Shown, Finish==> ControlChannel > Launcher > fork, kill
+           <==Preloaded, Spawned, SpawnFailed, Exited, Output, Gone==   < Reaper < SIGCHLD
+                                                                        < LogPipes < 1 and 2
+    driver's pidfd readable, or end of file ---------------------> everything is killed, at once
+
+It sleeps in one poll and has one thread, so it can fork, and "the parent's thread has ended"
+(which fires PR_SET_PDEATHSIG) means "the launcher has ended". It runs no code of the user's but
+the imports that `preload` asks for. When it is killed the kernel kills the ranks; when the driver
+is, its pidfd says so, even while a child that the driver has forked still holds the socket.
+
+What comes first: the driver's end, then deaths, then what the driver says, then log pipes, which
+are read one at a time with a look at all the others between.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import select
+import sys
+import time
+from _socket import AF_UNIX, SOCK_STREAM, socket
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+
+from rankwise import _preload, _procfs, _spawn
+from rankwise._deadline import clock
+from rankwise._log_pipes import LogPipes
+from rankwise._messages import (
+    Dying,
+    Exited,
+    Finish,
+    Gone,
+    Launch,
+    Output,
+    Preloaded,
+    Shown,
+    Signal,
+    Spawned,
+    SpawnFailed,
+)
+from rankwise._reaper import Reaper
+from rankwise._spawn import BecomeWorker, Child
+from rankwise.wire.control import ControlChannel, frame
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from typing import Final, NoReturn
+else:
+    import _signal
+
+LAUNCHER: Final = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from rankwise._launcher import main; main()"
+)
+# A driver that waits for the end hears this often that the launcher is alive.
+_DYING_EVERY: Final = 0.25
+_IN: Final = select.POLLIN
+
+
+class DriverGone(Exception):
+    """The driver has ended: nobody is left to serve or to tell."""
+
+
+def main() -> None:
+    """argv is ROOT NAME CONTROL_FD DRIVER_PIDFD, and LAUNCH_FD where it was started anew."""
+    control_fd, driver, *anew = map(int, sys.argv[3:])
+    _spawn.open_standard_descriptors()
+    for fd in (control_fd, driver):
+        os.set_inheritable(fd, False)
+    channel = ControlChannel(socket(AF_UNIX, SOCK_STREAM, 0, control_fd))
+    for fd in anew:
+        channel.unread(os.pread(fd, os.fstat(fd).st_size, 0))
+        os.close(fd)
+    launcher = Launcher(channel, driver)
+    try:
+        launcher.run()
+    except BecomeWorker as worker:
+        place = worker.place
+    del launcher, channel
+    # A forked rank: from here on it is an ordinary interpreter, and ends as one.
+    from rankwise._worker import serve_process
+
+    serve_process(*place)
+
+
+class Launcher:
+    """The loop. `run` ends in os._exit, or in BecomeWorker in a forked rank."""
+
+    def __init__(self, control: ControlChannel, driver: int) -> None:
+        self._control = control
+        self._driver = driver
+        self._reaper = Reaper(self._last_words, self._ended)
+        self._pipes: LogPipes | None = None
+        self._starting: dict[int, Child] = {}  # by the descriptor that tells of exec
+        self._children: list[Child] = []
+        self._finishing = False
+        self._nofile = getrlimit(RLIMIT_NOFILE)
+        self._wake, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._poll = select.poll()
+        for fd in (self._control.fileno(), self._driver, self._wake):
+            self._poll.register(fd, _IN)
+        self._told_dying = 0.0
+
+    def run(self) -> NoReturn:
+        status = 1
+        try:
+            self._prepare()
+            self._hear()  # what a launcher that has started anew was given
+            while not self._finishing:
+                self._turn(None)
+                for fd in self._pipes.ready() if self._pipes else ():
+                    self._pipes.read(fd)
+                    self._turn(0)
+            self._finish()
+            status = 0
+        except BecomeWorker:
+            raise
+        except DriverGone:
+            pass
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        try:
+            # Nothing is left after _finish. After anything else, whatever it was, this is how it
+            # ends: no error of ours may leave a rank behind.
+            self._reaper.end(lambda: time.sleep(0.005), silent=True)
+        finally:
+            # Not by way of atexit: what a preloaded module has registered is for the ranks.
+            os._exit(status)
+
+    def _prepare(self) -> None:
+        # The mask, and what is ignored, came from whichever thread of the driver started us. With
+        # SIGCHLD ignored the kernel would reap the ranks itself and tell nobody how they ended.
+        _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+        _spawn.default_signals(keep=(_signal.SIGPIPE, _signal.SIGXFSZ))
+        self._watch_children()
+        _spawn.adopt_orphans()
+        _spawn.name_process("rankwise")
+        try:
+            setrlimit(RLIMIT_NOFILE, (self._nofile[1], self._nofile[1]))
+        except (OSError, ValueError):
+            pass  # four descriptors a rank: the usual 1024 are enough for most groups
+
+    def _watch_children(self) -> None:
+        _signal.signal(_signal.SIGCHLD, lambda number, frame: None)
+        _signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+
+    # -- one turn -----------------------------------------------------------------------------
+
+    def _turn(self, timeout: float | None) -> None:
+        """Wait for news, `timeout` milliseconds at most, and deal with all but the log pipes."""
+        events = dict(self._poll.poll(timeout))
+        if self._driver in events:
+            raise DriverGone
+        if self._wake in events:
+            self._reap()
+        for fd in events.keys() & self._starting.keys():
+            self._started(fd)
+        if events.get(self._control.fileno(), 0) & ~select.POLLOUT:
+            self._hear()
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._control.backlog:
+            sent = self._control.flush()
+            self._poll.modify(self._control.fileno(), _IN if sent else _IN | select.POLLOUT)
+
+    def _say(self, message: object) -> None:
+        # Urgent: ahead of all log lines, and in order among themselves.
+        self._control.send(message, urgent=True)
+
+    def _hear(self) -> None:
+        try:
+            messages = self._control.receive()
+        except EOFError:
+            raise DriverGone from None
+        while messages:
+            message = messages.pop(0)
+            if isinstance(message, Launch):
+                self._launch(message, messages)
+            elif isinstance(message, Signal):
+                self._reaper.signal(message.ranks, message.number)
+            elif isinstance(message, Shown) and self._pipes:
+                self._pipes.acknowledged(message.nbytes)
+            elif isinstance(message, Finish):
+                self._finishing = True
+
+    # -- starting -----------------------------------------------------------------------------
+
+    def _launch(self, launch: Launch, unheard: list[object]) -> None:
+        for fd in (*launch.worker_fds, launch.status_fd):
+            os.set_inheritable(fd, False)
+        self._pipes = LogPipes(launch.name, launch.mode, launch.color, self._output)
+        self._poll.register(self._pipes.fileno(), _IN)
+        forks = launch.start_method == "forkserver"
+        if forks and not self._preload(launch, unheard):
+            return
+        for rank in range(len(launch.worker_fds)):
+            child = Child(launch.name, rank, raw=launch.mode != "prefix")
+            try:
+                become = (lambda rank: self._become(launch, rank)) if forks else None
+                _spawn.start(launch, child, self._nofile, become)
+            except OSError as error:
+                self._say(SpawnFailed(rank, str(error)))
+                continue
+            self._children.append(child)
+            self._reaper.alive[child.pid] = child
+            process = _procfs.stat(child.pid)
+            self._say(Spawned(rank, child.pid, process.starttime if process else 0))
+            self._pipes.add(child)
+            self._starting[child.failure] = child
+            self._poll.register(child.failure, _IN)
+            self._flush()
+            self._look_for_driver()
+
+    def _preload(self, launch: Launch, unheard: list[object]) -> bool:
+        """Import what is to be shared. False if no rank is to be started from here."""
+        before = dict(os.environ)
+        sentry = _preload.post_sentry(self._control.fileno(), self._driver)
+        began = clock()
+        try:
+            _preload.preload(launch.preload, launch.sys_path)
+        except _preload.PreloadFailed as error:
+            for rank, fd in enumerate(launch.worker_fds):
+                os.close(fd)
+                self._say(SpawnFailed(rank, str(error)))
+            return False
+        finally:
+            _preload.dismiss(sentry)
+            self._watch_children()  # an imported module may have had other ideas
+        refused = _preload.why_not_fork()
+        self._say(Preloaded(clock() - began, refused))
+        if refused is not None:
+            self._start_anew(launch, unheard)
+        after = dict(os.environ)
+        launch.environments = [
+            _preload.own_environment(rank, before, after) for rank in launch.environments
+        ]
+        # Imported once for all; what is frozen is not touched by the ranks' collectors, so its
+        # pages stay shared.
+        import rankwise._worker  # noqa: F401
+
+        self._reaper.spare_children()
+        _spawn.flush_standard_streams()
+        gc.freeze()
+        return True
+
+    def _become(self, launch: Launch, rank: int) -> None:
+        """In a forked rank: let go of everything that is the launcher's, by close alone."""
+        if self._pipes:
+            self._pipes.close()
+        for child in self._children:
+            child.close()
+        for fd in launch.worker_fds[rank + 1 :]:
+            os.close(fd)
+        self._control.close()
+        for fd in (self._driver, self._wake, self._wake_write):
+            os.close(fd)
+        if _signal.getsignal(_signal.SIGINT) == _signal.SIG_DFL:
+            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
+        _preload.become(launch.name, rank, launch.environments[rank])
+
+    def _start_anew(self, launch: Launch, unheard: list[object]) -> NoReturn:
+        """Exec the launcher again, without what was imported, to spawn the ranks.
+
+        Foreign threads would not only make a fork unsafe: one of them may hold the GIL when the
+        driver dies.
+        """
+        self._flush_all()
+        launch.start_method = "spawn"
+        rest = os.memfd_create("rankwise-launch")
+        os.write(rest, b"".join(map(frame, (launch, *unheard))) + self._control.unheard())
+        kept = [self._control.fileno(), self._driver, launch.status_fd, *launch.worker_fds, rest]
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            try:
+                os.set_inheritable(fd, fd in kept or fd <= 2)
+            except OSError:
+                pass  # the directory that was listed
+        setrlimit(RLIMIT_NOFILE, self._nofile)
+        python = launch.python[0]
+        numbers = [str(fd) for fd in (self._control.fileno(), self._driver, rest)]
+        os.execv(python, [python, "-I", "-S", "-c", LAUNCHER, launch.root, launch.name, *numbers])
+
+    def _started(self, fd: int) -> None:
+        """A rank has exec'ed, or tells why it has not."""
+        child = self._starting.pop(fd)
+        self._poll.unregister(fd)
+        child.failure = -1
+        try:
+            reason = os.read(fd, 1 << 16).decode("utf-8", "replace")
+        except BlockingIOError:
+            reason = ""  # it has been killed before exec by somebody; a descendant... cannot be
+        os.close(fd)
+        if reason:
+            self._say(SpawnFailed(child.rank, reason))
+
+    # -- ends ---------------------------------------------------------------------------------
+
+    def _reap(self) -> None:
+        try:
+            while os.read(self._wake, 4096):
+                pass
+        except BlockingIOError:
+            pass
+        try:
+            while self._reaper.reap():
+                self._flush()
+                self._look_for_driver()
+        except ChildProcessError:
+            pass  # no child is left; it is the driver who says when that is the end
+
+    def _last_words(self, child: Child) -> None:
+        if child.failure >= 0:
+            self._started(child.failure)
+        if self._pipes:
+            self._pipes.drain(child)
+
+    def _ended(self, child: Child, report: Exited) -> None:
+        self._say(report)
+        os.close(child.crash)
+        child.crash = -1
+
+    def _output(self, stream: int, data: bytes) -> None:
+        self._control.send(Output(stream, data))
+
+    def _look_for_driver(self) -> None:
+        """Between two things that take milliseconds: has the driver ended?"""
+        if select.select((self._driver,), (), (), 0)[0]:
+            raise DriverGone
+
+    def _finish(self) -> None:
+        left = self._reaper.end(self._wait_for_ends)
+        if self._pipes:
+            self._pipes.finish()
+        self._control.send(Gone(left))
+        self._flush_all()
+
+    def _wait_for_ends(self) -> None:
+        now = clock()
+        if now > self._told_dying + _DYING_EVERY:
+            self._told_dying = now
+            self._say(Dying(tuple(child.rank for child in self._reaper.alive.values())))
+        self._flush()
+        select.select((self._wake,), (), (), 0.02)
+        try:
+            os.read(self._wake, 4096)
+        except BlockingIOError:
+            pass
+
+    def _flush_all(self) -> None:
+        """Send all that is queued, however long the driver takes to read it, unless it ends."""
+        poll = select.poll()
+        poll.register(self._driver, _IN)
+        poll.register(self._control.fileno(), select.POLLOUT)
+        while not self._control.flush():
+            if self._driver in dict(poll.poll()):
+                raise DriverGone

@@ -1,0 +1,328 @@
+"""The ledger: which call is owed by whom, and what follows from each event. It touches nothing.
+
+    place > (queued a rank) > next_to_send > begun > reply ... reply > settled > ended
+                  |                            |          \\ failure > (50 ms) settled > (grace) broken
+                cancel, expire              lost: settled with WorkerDied, group broken
+
+    No thread, clock, socket or process is touched here: events come in as method calls with the time
+    as an argument, and what is to be done comes out in `settled`, `reports` and `broken`. The owner
+    (a pump, or the inline engine) calls every method under its one lock.
+
+An exception out of a signal handler may cut a method short between any two bytecodes when the owner
+is the main thread. So each method can be run again with the same event: what it stores first it can
+store twice, and the store that ends it is its last. CPython runs handlers only after a call and at a
+backward jump, never inside straight code, and that is what "last" leans on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from heapq import heapify, heappop, heappush
+
+from rankwise._calls import Broken, Call, Cancelled, Closed, Error, Expired, Garbled, Lost, Stuck
+from rankwise._messages import FAILED
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rankwise._messages import Exited
+
+# How much is sent ahead of the answers to one rank. Enough that a worker never waits for the driver
+# between two short calls (64 answers of 10 us cover ten wake-ups); little enough that `cancel()`
+# still finds something to cancel, and that a stuck rank holds back kilobytes, not gigabytes.
+WINDOW_CALLS = 64
+WINDOW_BYTES = 4 << 20
+SMALL_BODY = 16 << 10
+
+# After the first failure the others have this long to answer or to fail too, so that the earliest
+# failure can be told from its consequences.
+FAILURE_PAUSE = 0.050
+# End of file on a channel without the launcher's word on the process: it closed its descriptors.
+HANGUP_PAUSE = 1.0
+
+DEADLINE, SETTLE, BREAK, HANGUP = range(4)
+
+
+class Ledger:
+    """The open calls of one group of `world_size` ranks."""
+
+    __slots__ = (
+        "_barriers", "_last_id", "_placing", "_queued", "_timers", "broken", "closing", "dead",
+        "hung", "inflight", "late", "open", "reports", "settled", "world_size",
+    )  # fmt: skip
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.open: dict[int, Call] = {}  # in order of id; a call leaves when no rank owes it
+        self.inflight: list[dict[int, Call]] = [{} for _ in range(world_size)]
+        self.settled: deque[Call] = deque()  # to be told to their watchers
+        self.reports: deque[tuple[Call, int]] = deque()  # failures that no caller will see
+        self.broken: Error | None = None
+        self.closing = False
+        self.dead: dict[int, Exited | None] = {}
+        self.hung: set[int] = set()
+        self.late = 0  # answers to calls that were settled without them
+        self._queued: list[deque[Call]] = [deque() for _ in range(world_size)]
+        self._placing: tuple[Call, ...] = ()
+        self._last_id = 0
+        self._timers: list[tuple[float, int, int]] = []  # when, what, call id or rank
+        self._barriers: list[Call] = []
+
+    # -- submitting ---------------------------------------------------------------------------
+
+    def refusal(self) -> Error | None:
+        """Why no call can be taken now, or None."""
+        if self.broken is not None:
+            return self.broken
+        return Closed() if self.closing else None
+
+    def place(self, calls: tuple[Call, ...]) -> None:
+        """Give `calls` their place in the order of calls. From here on they will run."""
+        self.mend()
+        number = self._last_id
+        for call in calls:
+            number += 1
+            call.id = number
+        self._last_id = number
+        self._placing = calls  # the commit: whoever comes next finishes it
+        self.mend()
+
+    def mend(self) -> None:
+        """Finish the `place` that was cut short, if one was. Every event begins with this."""
+        for call in self._placing:
+            if call.deadline is not None and call.id not in self.open:
+                self._timer(call.deadline, DEADLINE, call.id)
+            self.open[call.id] = call
+            for rank in call.ranks:
+                queue = self._queued[rank]
+                if not queue or queue[-1].id < call.id:
+                    queue.append(call)
+        self._placing = ()
+
+    def barrier(self, call: Call) -> None:
+        """Settle `call` (which no rank gets) once all that was placed before it has ended."""
+        self.mend()
+        call.id = self._last_id
+        if not self.open:
+            self._finish(call)
+        else:
+            self._barriers.append(call)
+
+    def next_to_send(self, rank: int) -> Call | None:
+        """The call that `rank` is to be sent now; None: nothing is queued, or enough is under way.
+
+        It stays first in the queue until `sent`.
+        """
+        queue = self._queued[rank]
+        while queue:
+            call = queue[0]
+            if call.dropped:
+                queue.popleft()
+                continue
+            inflight = self.inflight[rank]
+            if len(inflight) >= WINDOW_CALLS and call.id not in inflight:
+                return None
+            size = len(call.body_for(rank))
+            if size > SMALL_BODY and inflight and call.id not in inflight:
+                ahead = sum(len(other.body_for(rank)) for other in inflight.values())
+                if ahead + size > WINDOW_BYTES:
+                    return None
+            inflight[call.id] = call
+            call.begun = True
+            return call
+        return None
+
+    def sent(self, rank: int, call: Call) -> None:
+        """The last byte of `call` has left for `rank`."""
+        queue = self._queued[rank]
+        if queue and queue[0] is call:
+            queue.popleft()
+
+    def queued(self, rank: int) -> bool:
+        return bool(self._queued[rank])
+
+    # -- what comes back ----------------------------------------------------------------------
+
+    def reply(self, rank: int, call_id: int, kind: int, body: bytes, now: float) -> None:
+        """`rank` has answered call `call_id` with a frame of `kind`."""
+        call = self.inflight[rank].get(call_id)
+        if call is None:
+            self.late += 1
+            return
+        if call.done:
+            if call.error is not None:
+                self.late += 1  # it timed out, say: nobody will read this
+            elif kind == FAILED:
+                call.answers[rank] = (kind, body)
+                self.reports.append((call, rank))
+            if kind == FAILED:
+                self._failure(call, now)
+            call.answers.setdefault(rank, (kind, b""))
+        else:
+            call.answers[rank] = (kind, body)
+            if kind == FAILED:
+                self._failure(call, now)
+                if call.reply_from is not None and not call.return_exceptions:
+                    self._finish(call)
+            elif rank == call.reply_from:
+                self._finish(call)
+            if len(call.answers) == len(call.ranks):
+                self._finish(call)
+        if len(call.answers) == len(call.ranks):
+            self._end(call)
+        self.inflight[rank].pop(call_id, None)
+
+    def _failure(self, call: Call, now: float) -> None:
+        if len(call.ranks) == 1 or call.break_at is not None:
+            return
+        if not call.return_exceptions:
+            self._timer(now + FAILURE_PAUSE, SETTLE, call.id)
+        if call.on_error == "fail":
+            self._timer(now + call.grace, BREAK, call.id)
+        call.break_at = now + call.grace
+
+    def hangup(self, rank: int, now: float) -> None:
+        """End of file came on the channel of `rank`: a hint; the launcher's word should follow."""
+        if rank not in self.hung and rank not in self.dead:
+            self._timer(now + HANGUP_PAUSE, HANGUP, rank)
+            self.hung.add(rank)
+
+    def died(self, rank: int, report: Exited | None) -> None:
+        """`rank` has ended, and its channel has been emptied."""
+        self.mend()
+        if rank in self.dead:
+            return
+        owed = next(iter(self.inflight[rank].values()), None)
+        if owed is None and self._queued[rank]:
+            owed = next((call for call in self._queued[rank] if not call.dropped), None)
+        orderly = self.closing and owed is None and self.broken is None
+        if not orderly:
+            method = None if owed is None else owed.method
+            self.break_group(Lost(rank, report, method, None if owed is None else owed.id))
+        self.dead[rank] = report
+
+    def break_group(self, cause: Error) -> None:
+        """End every open call, because of `cause`. The first cause is the one that stays."""
+        self.mend()
+        if self.broken is None:
+            self.broken = cause
+        cause = self.broken
+        for call in list(self.open.values()):
+            if not call.done:
+                if isinstance(cause, Closed):
+                    call.error = cause
+                elif isinstance(cause, Lost):
+                    mine = cause.rank in call.ranks and cause.rank not in call.answers
+                    call.error = cause if mine else Broken(cause)
+                else:
+                    call.error = Broken(cause)
+                self._finish(call)
+            self._end(call)
+        for queue in self._queued:
+            queue.clear()
+        for inflight in self.inflight:
+            inflight.clear()
+
+    # -- the caller's wishes, and time --------------------------------------------------------
+
+    def cancel(self, call: Call) -> bool:
+        """Drop `call` where no byte of it has been sent; else say False: it runs on every rank."""
+        self.mend()
+        if call.done:
+            return isinstance(call.error, Cancelled)
+        if call.begun:
+            return False
+        self._drop(call, Cancelled())
+        return True
+
+    def drop_queued(self, error: Error) -> None:
+        """Drop every call of which no byte has been sent."""
+        self.mend()
+        for call in list(self.open.values()):
+            if not call.begun and not call.done:
+                self._drop(call, error)
+
+    def abort(self, call: Call, error: Error) -> None:
+        """Settle `call` with `error` now, whatever its ranks are doing."""
+        if not call.begun and not call.done:
+            self._drop(call, error)
+        elif not call.done:
+            call.error = error
+            self._finish(call)
+
+    def _drop(self, call: Call, error: Error) -> None:
+        call.dropped = True
+        call.error = error
+        self._finish(call)
+        self._end(call)
+
+    def expire(self, now: float) -> None:
+        """Let every timer run out that is due at `now`."""
+        self.mend()
+        timers = self._timers
+        while timers and timers[0][0] <= now:
+            _, what, number = timers[0]
+            if what == HANGUP:
+                if number not in self.dead and self.broken is None and not self.closing:
+                    self.break_group(Garbled(number, "it closed its channel but did not exit"))
+            else:
+                call = self.open.get(number)
+                if call is not None:
+                    self._due(call, what)
+            heappop(timers)
+
+    def _due(self, call: Call, what: int) -> None:
+        if what == BREAK:
+            failed = next(r for r, answer in call.answers.items() if answer[0] == FAILED)
+            self.break_group(Stuck(call, failed, tuple(call.missing())))
+        elif call.done:
+            return
+        elif what == SETTLE:
+            self._finish(call)
+        elif not call.begun:
+            self._drop(call, Expired(call.ranks))
+        else:
+            call.error = Expired(tuple(call.missing()))
+            self._finish(call)
+
+    def next_timer(self) -> float | None:
+        """The earliest moment at which `expire` has something to do, or None."""
+        timers = self._timers
+        while timers and timers[0][1] != HANGUP and timers[0][2] not in self.open:
+            heappop(timers)
+        return timers[0][0] if timers else None
+
+    def _timer(self, when: float, what: int, number: int) -> None:
+        timers = self._timers
+        if len(timers) > 64 and len(timers) > 4 * len(self.open):
+            # Calls with a timeout of a minute leave their timers behind at 50,000 a second.
+            kept = [t for t in timers if t[1] == HANGUP or t[2] in self.open]
+            heapify(kept)
+            timers[:] = kept
+        heappush(timers, (when, what, number))
+
+    # -- ends ---------------------------------------------------------------------------------
+
+    def _finish(self, call: Call) -> None:
+        if call.watchers or call.future is not None:
+            self.settled.append(call)
+        call.done = True
+
+    def _end(self, call: Call) -> None:
+        call.ended = True
+        self.open.pop(call.id, None)
+        if self._barriers:
+            first = next(iter(self.open), None)
+            for waiting in list(self._barriers):
+                if first is None or first > waiting.id:
+                    self._finish(waiting)
+            self._barriers[:] = [waiting for waiting in self._barriers if not waiting.done]
+
+    def owed(self) -> Iterator[tuple[int, Call]]:
+        """(rank, the oldest call that it has been sent and has not answered), for each such rank."""
+        for rank, inflight in enumerate(self.inflight):
+            for call in inflight.values():
+                yield rank, call
+                break
+

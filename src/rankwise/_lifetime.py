@@ -1,0 +1,125 @@
+"""How groups end that nobody closed: interpreter exit, fork, collection; and what is logged then.
+
+    exit     threading's own exit hook breaks the open calls (or a thread in `result` would keep the
+             interpreter), then `atexit` closes each group
+    fork     in the child every group is inert: its copies of the descriptors are closed, no more
+    collected  the engine is abandoned: its keeper ends it, and a ResourceWarning is given
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import select
+import threading
+import warnings
+from _pickle import loads as plain_loads
+
+from rankwise._calls import Closed
+from rankwise._messages import FAILED
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from rankwise._calls import Call
+    from rankwise._future import GroupFuture
+
+    class Adopted(Protocol):
+        """What is asked of an engine that is seen to."""
+
+        name: str
+
+        def break_calls(self) -> None: ...
+        def close(self, timeout: float | None) -> None: ...
+        def abandon(self) -> bool: ...
+        def become_inert(self, owner: int) -> None: ...
+
+logger = logging.getLogger("rankwise")
+
+# An interpreter that exits waits so long for the workers' own exit: nobody wants an answer now.
+EXIT_TIMEOUT = 2.0
+
+_engines: set[Adopted] = set()
+_owner = 0
+_hooked = False
+
+
+def adopt(engine: Adopted) -> None:
+    """See to `engine` at exit and at fork."""
+    global _hooked, _owner
+    if not _hooked:
+        _hooked = True
+        os.register_at_fork(after_in_child=_after_fork)
+    if _owner != os.getpid():
+        _owner = os.getpid()
+        atexit.register(_close_all, _owner)
+        try:
+            threading._register_atexit(_break_all, _owner)  # type: ignore[attr-defined]
+        except RuntimeError:
+            pass  # the interpreter is on its way out: atexit alone has to do
+    _engines.add(engine)
+
+
+def disown(engine: Adopted) -> None:
+    _engines.discard(engine)
+
+
+def _after_fork() -> None:
+    owner = os.getppid()
+    for engine in list(_engines):
+        engine.become_inert(owner)
+    _engines.clear()
+
+
+def _break_all(owner: int) -> None:
+    if owner == os.getpid():
+        for engine in list(_engines):
+            engine.break_calls()
+
+
+def _close_all(owner: int) -> None:
+    if owner == os.getpid():
+        for engine in list(_engines):
+            engine.close(EXIT_TIMEOUT)
+
+
+def abandon(engine: Adopted, name: str) -> None:
+    """The group of `engine` was collected without having been closed. A finalizer."""
+    if engine.abandon():
+        warnings.warn(
+            f"the WorkerGroup {name!r} was collected without having been closed: use `with`, or "
+            "call close()",
+            ResourceWarning,
+            stacklevel=2,
+        )
+
+
+def wait_readable(fd: int, timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def log_unfetched(future: GroupFuture[object]) -> None:
+    """Log, once, a failure that nobody has asked for, as asyncio does."""
+    call = future._call
+    failed = [(rank, body) for rank, (kind, body) in list(call.answers.items()) if kind == FAILED]
+    if failed and not call.return_exceptions:
+        rank, body = failed[0]
+        _log("nobody fetched the exception of", call, rank, body)
+    elif call.error is not None and not isinstance(call.error, Closed):
+        logger.error("nobody fetched the failure of %s(): %s", call.method, type(call.error).__name__)
+
+
+def log_failure(call: Call, rank: int) -> None:
+    """Log a failure that came after its call had its outcome."""
+    kind, body = call.answers.get(rank, (0, b""))
+    if kind == FAILED:
+        _log("after the call had its outcome came the failure of", call, rank, body)
+
+
+def _log(what: str, call: Call, rank: int, body: bytes) -> None:
+    _, name, message, text, _ = plain_loads(body)
+    logger.error("%s %s() on rank %d: %s: %s\n%s", what, call.method, rank, name, message, text)

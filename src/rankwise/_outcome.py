@@ -1,0 +1,129 @@
+"""Ok | Failed: the only place where a user's exceptions are caught, and the only one that raises them.
+
+    worker:  capture(method, args, kwargs) > Ok(value) | Failed(exception) > frame
+    driver:  frame > failure(...) > the exception that the caller catches, with RemoteError as its cause
+"""
+
+from __future__ import annotations
+
+from _pickle import dumps as plain_dumps
+from _pickle import loads as plain_loads
+
+from rankwise._deadline import clock
+from rankwise.wire import codec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+
+class Ok:
+    """The method returned `value`."""
+
+    __slots__ = ("value",)
+    __match_args__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+class Failed:
+    """The method raised `error` at `when` (CLOCK_MONOTONIC, seconds)."""
+
+    __slots__ = ("error", "when")
+    __match_args__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self.when = clock()
+
+
+def capture(
+    method: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> Ok | Failed:
+    """Run the user's code; whatever it raises is a value. A worker's exit is not the driver's."""
+    try:
+        return Ok(method(*args, **kwargs))
+    except BaseException as error:
+        return Failed(error)
+
+
+def encode_failure(failed: Failed) -> bytes:
+    """The body of a FAILED frame. Never raises: what cannot travel goes as text."""
+    error = failed.error
+    text = _format(error)
+    name = _type_name(type(error))
+    try:
+        message = str(error)
+    except Exception:
+        message = "(its message could not be made)"
+    return plain_dumps((failed.when, name, message, text, _pickled(error)), 5)
+
+
+def _pickled(error: BaseException) -> bytes | None:
+    """`error`, pickled, where the driver may raise it as it is and can rebuild it; else None."""
+    if not isinstance(error, Exception) or isinstance(error, (StopIteration, StopAsyncIteration)):
+        return None
+    # Not imported for its own sake (it costs 10 ms): who raised the class has imported it.
+    if type(error).__name__ == "CancelledError":
+        return None
+    try:
+        data = codec.dumps(error)
+        # Tried here, where a failure harms nobody: an exception whose __init__ wants more than
+        # its args dies in `loads`.
+        if type(codec.loads(data)) is not type(error):
+            return None
+    except Exception:
+        return None
+    return data
+
+
+def _format(error: BaseException) -> str:
+    import traceback  # 8 ms, and only a failure needs it
+
+    try:
+        # The first entry is `capture` above: the reader did not write it.
+        trace = error.__traceback__
+        if trace is not None and trace.tb_frame.f_code is capture.__code__:
+            trace = trace.tb_next
+        return "".join(traceback.format_exception(type(error), error, trace))
+    except Exception:
+        return f"(the traceback of a {type(error).__name__} could not be written)"
+
+
+def _type_name(cls: type[BaseException]) -> str:
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def failed_at(body: bytes) -> float:
+    """When the failure in `body` happened, by the worker's CLOCK_MONOTONIC."""
+    when: float = plain_loads(body)[0]
+    return when
+
+
+def failure(body: bytes, rank: int, pid: int, method: str) -> Exception:
+    """The exception for the body of a FAILED frame, ready to be raised."""
+    from rankwise.errors import RemoteError  # the driver's alone, and heavy
+
+    _, name, message, text, pickled = plain_loads(body)
+    where = f"rank {rank} (pid {pid}) in {method}"
+    remote = RemoteError(
+        f"{where}: {name}: {message}" if message else f"{where}: {name}",
+        rank=rank,
+        pid=pid,
+        method=method,
+        type_name=name,
+        remote_traceback=text,
+    )
+    if pickled is None:
+        return remote
+    try:
+        error = codec.loads(pickled)
+    except Exception as reason:
+        remote.add_note(f"its own exception object could not be rebuilt here: {reason!r}")
+        return remote
+    if not isinstance(error, Exception):
+        return remote
+    error.__cause__ = remote
+    error.add_note(where)
+    return error

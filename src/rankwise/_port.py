@@ -1,0 +1,133 @@
+"""An event loop that awaits calls: its own small epoll, in which the reply sockets are nested.
+
+    await fut > poll a little, yielding to the loop > sleep in the loop's selector
+    reply sockets > port's epoll > loop's reader > Pump.lead_once > asyncio future
+
+A port is made for each loop that awaits a call of the group, and given to `add_reader` once. It is
+armed only while that loop awaits something and nobody leads: a thread's call then costs the loop
+nothing. Outcomes that another thread learns of reach the loop by one `call_soon_threadsafe` a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import threading
+from collections import deque
+from functools import partial
+
+from rankwise._deadline import clock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from rankwise._calls import Call
+    from rankwise._pump import Pump
+
+
+class Port:
+    """What one event loop waits for, of one pump. Everything but `settled` runs in the loop's thread."""
+
+    def __init__(self, pump: Pump, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._pump = pump
+        self._thread = threading.get_ident()
+        self._waiting: dict[Call, list[asyncio.Future[None]]] = {}
+        self._news: deque[Call] = deque()
+        self._told = False  # a call of _deliver is on its way
+        self._epoll = select.epoll()
+        self._epoll.register(pump.ready_fd, 0)
+        self._armed = False
+        loop.add_reader(self._epoll.fileno(), self._readable)
+
+    def arm(self, armed: bool) -> None:
+        """Let the loop wake for replies, or not. With the pump's lock held."""
+        armed = armed and bool(self._waiting)
+        if armed is not self._armed:
+            self._epoll.modify(self._pump.ready_fd, select.EPOLLIN if armed else 0)
+            self._armed = armed
+
+    def wait(self, call: Call) -> Generator[object, None, None]:
+        """Wait in the loop until `call` is settled."""
+        pump = self._pump
+        # Poll first, as a thread would; but between two looks the loop runs its other tasks.
+        with pump.lock:
+            pump.led_by_loop(call, True)
+        until = clock() + pump.spin
+        try:
+            while not call.done and clock() < until:
+                pump.lead_once()
+                if not call.done:
+                    yield
+        except BaseException:  # the task was cancelled
+            with pump.lock:
+                pump.led_by_loop(call, False)
+            raise
+        waiter: asyncio.Future[None] = self.loop.create_future()
+        with pump.lock:
+            if call.done:
+                return
+            self._waiting.setdefault(call, []).append(waiter)
+            if call.watchers is None:
+                call.watchers = []
+            call.watchers.append(partial(self.settled, call))
+            pump.led_by_loop(call, True)
+        try:
+            yield from waiter
+        finally:
+            if not call.done:
+                self._leave(call, waiter)
+
+    def _leave(self, call: Call, waiter: asyncio.Future[None]) -> None:
+        with self._pump.lock:
+            waiters = self._waiting.get(call, [])
+            if waiter in waiters:
+                waiters.remove(waiter)
+            if not waiters:
+                self._waiting.pop(call, None)
+            self._pump.led_by_loop(call, False)
+
+    def settled(self, call: Call) -> None:
+        """`call` has its outcome. From any thread."""
+        if threading.get_ident() == self._thread:
+            self._finish(call)
+            return
+        self._news.append(call)
+        if not self._told:
+            self._told = True
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                pass  # the loop is closed: nobody waits in it
+
+    def _deliver(self) -> None:
+        self._told = False
+        while self._news:
+            self._finish(self._news.popleft())
+
+    def _finish(self, call: Call) -> None:
+        for waiter in self._waiting.pop(call, ()):
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _readable(self) -> None:
+        if not self._pump.lead_once():
+            with self._pump.lock:
+                self.arm(False)  # somebody leads; the end of the lead arms it again
+
+    def close(self) -> None:
+        """Leave the loop. From any thread: a loop that runs elsewhere removes its own reader."""
+        fd = self._epoll.fileno()
+        if self._epoll.closed:
+            return
+        if self.loop.is_closed():
+            self._epoll.close()
+        elif threading.get_ident() == self._thread:
+            self.loop.remove_reader(fd)
+            self._epoll.close()
+        else:
+            try:
+                self.loop.call_soon_threadsafe(self.close)
+            except RuntimeError:
+                self._epoll.close()

@@ -1,0 +1,158 @@
+"""Forked ranks: what the launcher imports for them, when it may not fork, what a child must redo.
+
+    Launch > watched by a sentry: import each of `preload` > is the process clean?
+               yes: fork each rank > become: its own environment, random seeds and thread counts
+               no:  exec the launcher anew; it then spawns
+
+A process with a second thread must not be forked: a lock that the thread holds stays locked in the
+child for ever. One with a CUDA context must not either: the driver does not survive it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+
+from rankwise import _procfs
+from rankwise._deadline import clock
+from rankwise._spawn import SIGKILL, name_process
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any, Final
+
+# What a process that has opened one of these holds cannot be shared with a forked child.
+DEVICES: Final = ("/dev/nvidia", "/dev/kfd", "/dev/davinci")
+# A thread that was joined is still listed for some microseconds, until the kernel is done with it.
+_THREADS_END: Final = 0.2
+
+
+class PreloadFailed(Exception):
+    """A module of `preload` could not be imported; the text has its traceback."""
+
+
+def preload(names: Sequence[str], sys_path: Sequence[str]) -> None:
+    """Import each of `names`. Raises PreloadFailed at the first that does not let itself."""
+    sys.path[:] = sys_path
+    for name in names:
+        try:
+            __import__(name)
+        except BaseException:  # SystemExit too: it is the module that failed, not the launcher
+            import traceback
+
+            text = traceback.format_exc()
+            raise PreloadFailed(f"preload: importing {name!r} failed\n{text}") from None
+
+
+def why_not_fork() -> str | None:
+    """What makes it unsafe to fork this process now; None if nothing does."""
+    until = clock() + _THREADS_END
+    while (threads := len(os.listdir("/proc/self/task"))) > 1 and clock() < until:
+        select.select((), (), (), 0.001)
+    if threads > 1:
+        return f"{threads - 1} more {'thread runs' if threads == 2 else 'threads run'} in it"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return "torch has a CUDA context in it"
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            path = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue  # the directory that is being listed
+        if path.startswith(DEVICES):
+            return f"{path} is open in it"
+    return None
+
+
+def post_sentry(control: int, driver: int) -> int:
+    """Fork a process that kills the launcher if the driver ends, or says anything, meanwhile.
+
+    While it imports, the launcher does not look; an import may take minutes, hold the GIL in C
+    code or never return. All that the driver can have to say then is that it is over. Returns the
+    sentry's pid, for `dismiss`.
+    """
+    launcher = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.setpgid(0, 0)
+        poll = select.poll()
+        # The launcher's own end too, so that nothing is left if somebody else has killed it.
+        poll.register(os.pidfd_open(launcher), select.POLLIN)
+        poll.register(control, select.POLLIN)
+        poll.register(driver, select.POLLIN)
+        if os.getppid() == launcher:
+            poll.poll()
+            _kill_all_of(launcher)
+    finally:
+        os._exit(0)
+
+
+def dismiss(sentry: int) -> None:
+    os.kill(sentry, SIGKILL)
+    try:
+        os.waitpid(sentry, 0)
+    except ChildProcessError:
+        pass  # a preloaded module ignores SIGCHLD, or has waited for any child
+
+
+def become(name: str, rank: int, environment: Mapping[str, str]) -> None:
+    """Make this forked process a rank of its own, after the imports and before any other code."""
+    for key in set(os.environ) - set(environment):
+        del os.environ[key]
+    os.environ.update(environment)
+    name_process(f"{name}:{rank}")
+    _reseed()
+    _set_threads(environment.get("OMP_NUM_THREADS"))
+
+
+def own_environment(
+    rank: Mapping[str, str], before: Mapping[str, str], after: Mapping[str, str]
+) -> dict[str, str]:
+    """The environment of a rank as if it had imported by itself: what the imports changed from
+    `before` to `after` is changed, unless the rank was given a value of its own."""
+    environment = dict(rank)
+    for key in before.keys() | after.keys():
+        if before.get(key) != after.get(key) and rank.get(key) == before.get(key):
+            environment.pop(key, None)
+            if key in after:
+                environment[key] = after[key]
+    return environment
+
+
+def _reseed() -> None:
+    """The generators of forked ranks would all give the same numbers."""
+    modules: dict[str, Any] = sys.modules
+    if "random" in modules:
+        modules["random"].seed()
+    if "numpy.random" in modules:
+        modules["numpy.random"].seed()
+    if "torch" in modules:
+        modules["torch"].seed()
+
+
+def _set_threads(wanted: str | None) -> None:
+    """The libraries were imported with one thread, so that the launcher could fork."""
+    try:
+        # As OpenMP reads it: "4,2" is 4 threads, each of which may have 2. Unset: every CPU.
+        count = len(os.sched_getaffinity(0)) if wanted is None else int(wanted.split(",")[0])
+    except ValueError:
+        return
+    modules: dict[str, Any] = sys.modules
+    if "torch" in modules:
+        modules["torch"].set_num_threads(count)
+    if "threadpoolctl" in modules:
+        modules["threadpoolctl"].threadpool_limits(count)
+
+
+def _kill_all_of(launcher: int) -> None:
+    me = os.getpid()
+    for pid in (*_procfs.descendants(launcher), launcher):
+        if pid != me:
+            try:
+                os.kill(pid, SIGKILL)
+            except OSError:
+                pass

@@ -1,0 +1,394 @@
+"""The pump: bytes from the sockets into the ledger, and outcomes to whoever waits.
+
+    call()    > Ledger.place > DriverChannel ==frame==> worker loop > your method
+    waiter    < Ledger.settled < feed < leader <==frame== worker loop < Ok | Failed
+
+There is no reader thread between a socket and its caller. Whoever waits takes the *lead*: it polls
+`_ready` (an epoll of the reply sockets) for the spin budget, sleeps on it after that, and feeds what
+comes to the ledger, for itself and for all others. One thread leads at a time; other waiters sleep,
+each at a gate of its own, until their call is settled or the lead is handed to them. Calls that
+nobody waits for (a future with a callback, say) are led for by the keeper (`_keeper.py`): `_ready`
+is nested in the keeper's epoll, and *armed* there by one epoll_ctl, which takes effect while the
+keeper is asleep and costs no wake-up. Taking the lead disarms it.
+
+Who owns what
+    lock        the ledger, the send side of every channel, `_leader`, `_sleepers`, `_armed`
+    the leader  the receive side of every channel
+    nobody      runs user code, decodes a payload or writes a log line while holding either
+
+The lock is held for microseconds and never while anything blocks. An exception out of a signal
+handler may strike the main thread anywhere in here. Then the waiter marks itself `gone` and kicks
+the keeper, which finishes what was begun (`mend`) and passes on the lead; both are straight code and
+one C call, between which no handler runs.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from functools import partial
+
+from rankwise._calls import Call
+from rankwise._deadline import clock
+from rankwise._ledger import Ledger
+from rankwise._sockets import IN, OUT, Sockets
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+    from collections.abc import Callable
+    from socket import socket
+
+    from rankwise._calls import Error
+    from rankwise._port import Port
+
+NEVER = float("inf")
+TICK = 0.25  # seconds between the keeper's looks at open calls
+
+
+
+class Waiter:
+    """One thread in `wait`. `gone`: it was struck by an exception and will not lead."""
+
+    __slots__ = ("gate", "gone", "thread")
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.gone = False
+        self.gate: threading.Lock | None = None
+
+
+class Pump:
+    """The call path of one group of processes. `spin`: seconds that a waiter polls."""
+
+    def __init__(self, sockets: list[socket], spin: float) -> None:
+        self.lock = threading.RLock()
+        self.ledger = Ledger(len(sockets))
+        self.sockets = Sockets(sockets, self.ledger, self.lock, self._note_news)
+        self.spin = spin
+        self.inert: str | None = None  # why nothing may be done here (a forked child's copy)
+        self.announce: Callable[[Call], None] = lambda call: None  # futures with callbacks
+        self.wake_at = NEVER  # when the keeper will look at the clock again
+        self.traffic = False  # something was submitted since the keeper's last look
+        self.ports: list[Port] = []  # event loops that await calls of this group
+        self._leader: Waiter | None = None
+        self._sleepers: dict[Waiter, Call] = {}
+        self._ready = self.sockets.ready
+        self._leader_wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._ready.register(self._leader_wake, IN)
+        self.keeper_wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # C callables: between an exception and the end of such a call no handler can run.
+        self.kick: Callable[[], None] = partial(os.eventfd_write, self.keeper_wake, 1)
+        self._rouse: Callable[[], None] = partial(os.eventfd_write, self._leader_wake, 1)
+        self.outer = select.epoll()  # the keeper sleeps in this one
+        self.outer.register(self._ready.fileno(), 0)
+        self.outer.register(self.keeper_wake, IN)
+        self._armed = False
+        self._broken_noted = False
+        self.ready_fd = self._ready.fileno()
+
+    # -- submitting ---------------------------------------------------------------------------
+
+    def submit(self, calls: tuple[Call, ...], waiter: Waiter | None = None) -> Error | None:
+        """Place `calls` in the order of calls and send what can be sent. Never blocks.
+
+        Returns why they cannot be taken, or None. A `waiter` that finds nobody leading leads.
+        """
+        self.check_entry()
+        try:
+            with self.lock:
+                ledger = self.ledger
+                refusal = ledger.refusal()
+                if refusal is not None:
+                    return refusal
+                ledger.place(calls)
+                for call in calls:
+                    for rank in call.ranks:
+                        self.sockets.flush(rank)
+                if waiter is not None and self._leader is None:
+                    self._take_lead(waiter)
+                elif self._leader is None and not self._armed:
+                    self._arm(True)
+                self.traffic = True
+                if self.wake_at == NEVER:
+                    self.wake_at = 0.0
+                    self.kick()
+                else:
+                    self._note_news()
+        except BaseException:
+            self.kick()
+            raise
+        return None
+
+    def check_entry(self) -> None:
+        """Raise RuntimeError where nothing can be done: in a forked child, or in a handler that
+        interrupted this very group."""
+        if self.inert is not None:
+            raise RuntimeError(self.inert)
+        if self.lock._is_owned():  # type: ignore[attr-defined]
+            raise RuntimeError(
+                "a signal handler (or a finalizer) has interrupted this group in the middle of a "
+                "step and uses it again: let the handler set a flag or raise instead"
+            )
+
+    # -- waiting ------------------------------------------------------------------------------
+
+    def run(self, call: Call) -> Error | None:
+        """Submit `call` and wait until it is settled. Returns why it cannot be taken, or None."""
+        me = Waiter()
+        try:
+            refusal = self.submit((call,), me)
+            if refusal is None:
+                self.wait(call, None, me)
+        except BaseException:
+            me.gone = True  # it may be leading: one store in straight code, then one C call
+            self.kick()
+            raise
+        return refusal
+
+    def wait(self, call: Call, until: float | None, me: Waiter | None = None) -> bool:
+        """Wait until `call` is settled (True) or the clock reads `until` (False)."""
+        if call.done:
+            if me is None:
+                return True
+        elif me is None:
+            self.check_entry()
+            me = Waiter()
+        assert me is not None
+        try:
+            while not call.done:
+                if self._leader is not me:
+                    with self.lock:
+                        if call.done:
+                            break
+                        leader = self._leader
+                        if leader is None or leader.gone or leader.thread == me.thread:
+                            # Nobody leads; or this runs in a signal handler that interrupted its
+                            # own thread's lead, which cannot go on before it returns.
+                            self._take_lead(me)
+                        else:
+                            self._sleep(me, call)
+                if self._leader is me:
+                    if not self._lead(me, call, until):
+                        break
+                else:
+                    assert me.gate is not None
+                    timeout = -1.0 if until is None else max(0.0, until - clock())
+                    if not me.gate.acquire(timeout=timeout) and not call.done:
+                        break
+            with self.lock:
+                self._sleepers.pop(me, None)
+                if self._leader is me:
+                    self._hand_on()
+        except BaseException:
+            me.gone = True
+            self.kick()
+            raise
+        return call.done
+
+    def _sleep(self, me: Waiter, call: Call) -> None:
+        if me.gate is None:
+            gate = threading.Lock()
+            gate.acquire()
+            me.gate = gate
+            if call.watchers is None:
+                call.watchers = []
+            call.watchers.append(gate.release)
+        self._sleepers[me] = call
+
+    def _take_lead(self, me: Waiter) -> None:
+        if self._armed:
+            self._arm(False)
+        for port in self.ports:
+            port.arm(False)
+        self._leader = me
+
+    def _arm(self, armed: bool) -> None:
+        self.outer.modify(self.ready_fd, IN if armed else 0)
+        self._armed = armed
+
+    def _hand_on(self) -> None:
+        """Give the lead to a sleeper; where there is none, let the keeper watch what is open."""
+        self._leader = None
+        for waiter in list(self._sleepers):
+            call = self._sleepers.pop(waiter)
+            if not waiter.gone and not call.done:
+                self._leader = waiter
+                _open_gate(waiter)
+                return
+        self.rearm()
+        if self.sockets.deaths:
+            self.kick()  # the keeper found somebody leading, who has left without burying them
+
+    def rearm(self) -> None:
+        """Nobody leads: let the keeper and the loops wake for what each of them leads for.
+
+        Bare acknowledgements of settled calls wake nobody: the keeper's next look fetches them.
+        """
+        for port in self.ports:
+            port.arm(True)
+        unled = any(not call.done and not call.led for call in self.ledger.open.values())
+        if unled is not self._armed:
+            self._arm(unled)
+
+    def rearm_if_unled(self) -> None:
+        """Something has changed in what is open. With the lock held."""
+        if self._leader is None:
+            self.rearm()
+
+    def led_by_loop(self, call: Call, led: bool) -> None:
+        """An event loop leads for `call` from now on, or no longer. With the lock held."""
+        call.led = led
+        self.rearm_if_unled()
+
+    def disarm(self) -> None:
+        """Somebody leads, so the keeper need not wake for replies. The end of the lead rearms it."""
+        with self.lock:
+            if self._leader is not None and self._armed:
+                self._arm(False)
+
+    def mend(self) -> None:
+        """Do what a thread that was struck by an exception has left undone. The keeper's."""
+        with self.lock:
+            self.sockets.flush_all()
+            leader = self._leader
+            if leader is None or leader.gone:
+                self._hand_on()
+        self.tell()
+
+    def lead_once(self) -> bool:
+        """Take the lead where nobody has it, deal with what is there, and leave it. Never waits."""
+        me = Waiter()
+        try:
+            with self.lock:
+                leader = self._leader
+                if leader is not None and not leader.gone:
+                    return False
+                self._leader = me
+            self._serve(self._ready.poll(0))
+            with self.lock:
+                if self._leader is me:
+                    self._hand_on()
+        except BaseException:
+            me.gone = True
+            self.kick()
+            raise
+        return True
+
+    def _lead(self, me: Waiter, call: Call, until: float | None) -> bool:
+        """Lead until `call` is settled or somebody else leads (True), or it is `until` (False)."""
+        poll = self._ready.poll
+        spin_until = 0.0
+        while not call.done and self._leader is me:
+            events = poll(0)
+            if not events:
+                now = clock()
+                if not spin_until:
+                    spin_until = now + self.spin
+                if now < spin_until:
+                    os.sched_yield()
+                    continue
+                if until is not None and now >= until:
+                    return False
+                events = poll(None if until is None else until - now)
+            self._serve(events)
+        return True
+
+    # -- receiving: the leader's --------------------------------------------------------------
+
+    def _serve(self, events: list[tuple[int, int]]) -> None:
+        sockets = self.sockets
+        for fd, event in events:
+            rank = sockets.ranks.get(fd)
+            if rank is None:
+                try:
+                    os.eventfd_read(self._leader_wake)
+                except BlockingIOError:
+                    pass
+                continue
+            if event & OUT:
+                with self.lock:
+                    self.ledger.mend()
+                    self.sockets.flush(rank)
+            if event & ~OUT:
+                sockets.pull(rank)
+        if sockets.deaths:
+            sockets.bury()
+        if self.ledger.settled:
+            self.tell()
+
+    def _note_news(self) -> None:
+        """With the lock held: wake the keeper where it would sleep over a timer, or over an end."""
+        ledger = self.ledger
+        when = ledger.next_timer()
+        if when is not None and when < self.wake_at:
+            self.wake_at = when
+            self.kick()
+        elif ledger.broken is not None and not self._broken_noted:
+            self._broken_noted = True
+            self.kick()
+
+    # -- telling ------------------------------------------------------------------------------
+
+    def tell(self) -> None:
+        """Tell the watchers of every settled call. Twice does no harm; not at all would."""
+        settled = self.ledger.settled
+        while True:
+            try:
+                call = settled[0]
+            except IndexError:
+                break
+            for watcher in call.watchers or ():
+                try:
+                    watcher()
+                except RuntimeError:
+                    pass  # a gate that is open already
+            self.announce(call)
+            with self.lock:
+                if settled and settled[0] is call:
+                    settled.popleft()
+
+    def rouse_leader(self) -> None:
+        """Wake the leader, if there is one: its call may have been settled by somebody else."""
+        if self._leader is not None:
+            self._rouse()
+
+    def port(self, loop: AbstractEventLoop) -> Port:
+        """The port of the running event loop `loop`, made at its first await."""
+        for port in self.ports:
+            if port.loop is loop:
+                return port
+        from rankwise._port import Port  # asyncio: 30 ms, and its user has it already
+
+        made = Port(self, loop)
+        with self.lock:
+            self.ports = [port for port in self.ports if not port.loop.is_closed()] + [made]
+        return made
+
+    def close(self) -> None:
+        """Close every descriptor. Nobody waits any more, and the keeper has ended.
+
+        In a forked child (`inert`) no lock is taken, which another thread may have held, and no
+        epoll is changed, which the parent shares.
+        """
+        if self.inert is None:
+            for port in self.ports:
+                port.close()
+        self.sockets.close()
+        self.outer.close()
+        os.close(self._leader_wake)
+        os.close(self.keeper_wake)
+        self.kick = self._rouse = _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
+def _open_gate(waiter: Waiter) -> None:
+    if waiter.gate is not None:
+        try:
+            waiter.gate.release()
+        except RuntimeError:
+            pass

@@ -1,0 +1,159 @@
+"""The reply sockets of a group: frames out of the ledger's queues, and into the ledger.
+
+    Ledger.next_to_send > flush > DriverChannel ==frame==> worker
+    Ledger.reply        < pull  < DriverChannel <==frame== worker
+
+`flush` needs the group's lock, `pull` and `bury` the lead (see `_pump.py`); both may be cut short by
+an exception out of a signal handler and are then done again by whoever comes next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+from fcntl import ioctl
+from struct import unpack
+from termios import TIOCOUTQ
+
+from rankwise._calls import Garbled
+from rankwise._deadline import clock
+from rankwise._messages import ANSWERS, DEADLINE, HAS_DEADLINE, WANT_VALUE
+from rankwise.wire.channel import SEQUENCE_MASK, BadFrame, DriverChannel
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable
+    from socket import socket
+
+    from rankwise._ledger import Ledger
+    from rankwise._messages import Exited
+
+IN, OUT = select.EPOLLIN, select.EPOLLOUT
+
+
+class Sockets:
+    """The driver's ends of the call channels, and the epoll that a leader polls.
+
+    on_news: called with the lock held when timers may have been set, or the group may have broken.
+    """
+
+    def __init__(
+        self,
+        sockets: list[socket],
+        ledger: Ledger,
+        lock: threading.RLock,
+        on_news: Callable[[], None],
+    ) -> None:
+        self.channels = [DriverChannel(sock) for sock in sockets]
+        self.ready = select.epoll()
+        self.ranks = {channel.fd: rank for rank, channel in enumerate(self.channels)}
+        for channel in self.channels:
+            self.ready.register(channel.fd, IN)
+        self.deaths: dict[int, Exited | None] = {}  # reported, the channel not yet emptied
+        self._ledger = ledger
+        self._lock = lock
+        self._on_news = on_news
+
+    def flush(self, rank: int) -> None:
+        """Send to `rank` what its socket takes. With the lock held."""
+        channel = self.channels[rank]
+        ledger = self._ledger
+        blocked = False
+        while True:
+            call = ledger.next_to_send(rank)
+            if call is None:
+                break
+            flags = WANT_VALUE if call.reply_from is None or call.reply_from == rank else 0
+            head = b""
+            if call.deadline is not None:
+                flags |= HAS_DEADLINE
+                head = DEADLINE.pack(call.deadline)
+            try:
+                if not channel.send_call(call, flags, head, call.body_for(rank)):
+                    blocked = True
+                    break
+            except OSError:
+                break  # the other end is gone: end of file and the launcher will tell
+            ledger.sent(rank, call)
+        if blocked is not channel.wants_out and not channel.eof:
+            self.ready.modify(channel.fd, IN | OUT if blocked else IN)
+            channel.wants_out = blocked
+
+    def flush_all(self) -> None:
+        """Finish what a struck thread has begun. With the lock held."""
+        self._ledger.mend()
+        for rank in range(len(self.channels)):
+            if self._ledger.queued(rank):
+                self.flush(rank)
+
+    def pull(self, rank: int) -> bool:
+        """Feed the ledger with what `rank` has sent. False: there is nothing more now."""
+        channel = self.channels[rank]
+        if channel.eof:
+            return False
+        more = channel.receive()
+        try:
+            frames, data, used = channel.frames()
+        except BadFrame as reason:
+            self._garbled(rank, str(reason))
+            return False
+        if frames:
+            now = clock()
+            with self._lock:
+                ledger = self._ledger
+                ledger.mend()
+                for kind, call_id, body, sequence in frames:
+                    ahead = (sequence - channel.receive_sequence) & SEQUENCE_MASK
+                    if ahead == 0 and kind in ANSWERS:
+                        ledger.reply(rank, call_id, kind, body, now)
+                        channel.receive_sequence += 1
+                    elif ahead < SEQUENCE_MASK >> 1:
+                        self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
+                        return False
+                channel.consume(data, used)
+                if ledger.queued(rank):
+                    self.flush(rank)
+                self._on_news()
+        if channel.eof:
+            with self._lock:
+                self._forget(channel)
+                self._ledger.hangup(rank, clock())
+                self._on_news()
+        return more
+
+    def _garbled(self, rank: int, reason: str) -> None:
+        with self._lock:
+            self._forget(self.channels[rank])
+            self._ledger.break_group(Garbled(rank, reason))
+            self._on_news()
+
+    def _forget(self, channel: DriverChannel) -> None:
+        channel.eof = True
+        with contextlib.suppress(OSError, ValueError):  # done already
+            self.ready.unregister(channel.fd)
+
+    def bury(self) -> None:
+        # Empty the channel before believing the death: a worker may answer and exit, and we may
+        # be told of the exit first. The other order throws a good answer away.
+        for rank, report in list(self.deaths.items()):
+            while self.pull(rank):
+                pass
+            with self._lock:
+                self._forget(self.channels[rank])
+                self._ledger.died(rank, report)
+                self.deaths.pop(rank, None)
+            self._on_news()
+
+    def quiet(self, rank: int) -> bool:
+        """Whether nothing is on its way to `rank`: all is sent, and its end has read it all."""
+        channel = self.channels[rank]
+        if channel.eof or channel.wants_out or self._ledger.queued(rank):
+            return False
+        unread: int = unpack("i", ioctl(channel.fd, TIOCOUTQ, b"\0\0\0\0"))[0]
+        return unread == 0
+
+    def close(self) -> None:
+        for channel in self.channels:
+            channel.close()
+        self.ready.close()

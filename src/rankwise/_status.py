@@ -1,0 +1,82 @@
+"""The status page: 4 KB of shared memory a rank, which says what the rank is doing right now.
+
+    worker writes   phase, the call it runs and since when, the last call it finished
+    driver writes   the ids of cancelled calls that are under way (a ring)
+
+It decides nothing about order. It is read by `health()`, by the search for lost messages and by
+`current_call().cancelled()`; it replaces heartbeats and a reader thread in the worker. One memfd a
+group, without a name. Every field is one aligned 8-byte word, which both sides store and load whole.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Final
+
+PAGE: Final = 4096
+WORDS: Final = PAGE // 8
+
+# Words of a page.
+PHASE: Final = 0
+RUNNING: Final = 1  # the call's id, 0 while idle
+SINCE: Final = 2  # when that began, CLOCK_MONOTONIC in nanoseconds
+DONE: Final = 3  # the last call that was finished
+PORT: Final = 4  # rank 0: round << 16 | port of the rendezvous store that it listens on
+NEXT_CANCEL: Final = 5
+CANCELLED: Final = 256  # a ring of 256 ids: more than are ever under way to one rank
+
+RING: Final = WORDS - CANCELLED
+
+# Values of PHASE, in the order in which a rank goes through them.
+PHASES: Final = ("spawn", "import", "construct", "ready", "exit")
+SPAWN, IMPORT, CONSTRUCT, READY, EXIT = range(5)
+
+
+def make_status(world_size: int) -> int:
+    """A descriptor of fresh pages, all zero, for `world_size` ranks."""
+    fd = os.memfd_create("rankwise-status", os.MFD_CLOEXEC)
+    # Reserved now: a page that cannot be had later would be SIGBUS, here it is an error.
+    os.posix_fallocate(fd, 0, PAGE * world_size)
+    return fd
+
+
+class StatusPage:
+    """The pages of a group, mapped. Without a descriptor: plain memory, for ranks that are threads."""
+
+    __slots__ = ("_map", "_words", "world_size")
+
+    def __init__(self, world_size: int, fd: int | None = None) -> None:
+        self.world_size = world_size
+        size = PAGE * world_size
+        self._map = mmap.mmap(-1 if fd is None else fd, size)
+        self._words = memoryview(self._map).cast("Q")
+
+    def words(self, rank: int) -> memoryview:
+        """The page of `rank`, as 512 words."""
+        return self._words[rank * WORDS : (rank + 1) * WORDS]
+
+    def get(self, rank: int, word: int) -> int:
+        return self._words[rank * WORDS + word]
+
+    def phase(self, rank: int) -> str:
+        return PHASES[self.get(rank, PHASE)]
+
+    def cancel(self, rank: int, call_id: int) -> None:
+        """Tell `rank` that call `call_id`, which is under way to it, was cancelled."""
+        base = rank * WORDS
+        at = self._words[base + NEXT_CANCEL]
+        self._words[base + CANCELLED + at % RING] = call_id
+        self._words[base + NEXT_CANCEL] = at + 1
+
+    def close(self) -> None:
+        self._words.release()
+        self._map.close()
+
+
+def is_cancelled(words: memoryview, call_id: int) -> bool:
+    """Whether `call_id` is among the cancelled ones of the page `words`."""
+    return call_id in words[CANCELLED:]

@@ -1,0 +1,320 @@
+"""Views of a group: some of its ranks with some call options. Immutable, cheap, the same verbs.
+
+    ManyView  its calls give a list, in the view's order        group, group[2:6], group[[0, 4]]
+    OneView   its calls give the bare value                     group[0], options(reply_from=0)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
+
+from rankwise._answers import explain, take
+from rankwise._calls import Call
+from rankwise._checks import wrong_type
+from rankwise._deadline import check_timeout, deadline
+from rankwise._future import GroupFuture
+from rankwise._methods import resolve_method
+from rankwise._options import KEEP, Options, pick
+from rankwise.errors import CallTimeout
+from rankwise.wire.codec import encode_call
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from rankwise._engine import Engine
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+class View:
+    """What every view has. `_bare`: the rank whose bare value is the result; None: a list."""
+
+    _engine: Engine
+    _ranks: tuple[int, ...]
+    _group: object
+    _options: Options
+    _bare: int | None
+
+    def _init_view(
+        self, engine: Engine, ranks: tuple[int, ...], group: object, bare: int | None, options: Options
+    ) -> None:
+        self._engine = engine
+        self._ranks = ranks
+        self._group = group  # a view keeps its group alive
+        self._bare = bare
+        self._options = options
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    def __repr__(self) -> str:
+        return f"<view of {self._engine.name!r}: ranks {list(self._ranks)}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a view of a WorkerGroup cannot be pickled: it belongs to its process")
+
+    # -- making calls -------------------------------------------------------------------------
+
+    def _make(self, method: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        name, sent = resolve_method(method)
+        return self._make_call(name, encode_call(sent, args, kwargs))
+
+    def _make_call(
+        self, name: str, body: bytes, bodies: dict[int, bytes] | None = None
+    ) -> Call:
+        options = self._options
+        ranks = self._ranks
+        return Call(
+            name,
+            body,
+            ranks,
+            shape=self._bare,
+            bodies=bodies,
+            deadline=deadline(options.timeout),
+            reply_from=options.reply_from,
+            return_exceptions=options.return_exceptions,
+            on_error=options.on_error or ("fail" if len(ranks) > 1 else "continue"),
+            grace=options.grace,
+        )
+
+    def _run(self, call: Call) -> Any:
+        engine = self._engine
+        refusal = engine.run(call)
+        if refusal is not None:
+            raise explain(refusal, None, engine)
+        return take(call, engine)
+
+    def _submit(self, call: Call) -> GroupFuture[Any]:
+        engine = self._engine
+        future = GroupFuture[Any](call, engine, self._group)
+        refusal = engine.submit((call,))
+        if refusal is not None:
+            future._fetched = True
+            raise explain(refusal, None, engine)
+        return future
+
+    def _scatter(
+        self, method: object, parts: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call:
+        name, sent = resolve_method(method)
+        if isinstance(parts, (str, bytes, dict, set, frozenset)) or not hasattr(parts, "__len__"):
+            raise wrong_type("parts", "a sequence with one item a rank", parts)
+        size = len(self._ranks)
+        if len(parts) != size:  # type: ignore[arg-type]
+            raise ValueError(f"parts must have one item a rank, {size}, not {len(parts)}")  # type: ignore[arg-type]
+        bodies = {
+            rank: encode_call(sent, (part, *args), kwargs)
+            for rank, part in zip(self._ranks, parts, strict=True)  # type: ignore[call-overload]
+        }
+        return self._make_call(name, b"", bodies)
+
+    def submit_each(
+        self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any
+    ) -> list[GroupFuture[R]]:
+        """Like `submit`, but one future a rank, in the view's order, settled each by its own rank.
+
+        Each has `.rank`. A rank that fails leaves the others alone (`on_error` is "continue").
+        """
+        name, sent = resolve_method(method)
+        body = encode_call(sent, args, kwargs)
+        options = self._options
+        until = deadline(options.timeout)
+        engine = self._engine
+        calls = tuple(
+            Call(
+                name,
+                body,
+                (rank,),
+                shape=rank,
+                deadline=until,
+                return_exceptions=options.return_exceptions,
+                on_error=options.on_error or "continue",
+                grace=options.grace,
+            )
+            for rank in self._ranks
+        )
+        futures = [GroupFuture[R](call, engine, self._group) for call in calls]
+        refusal = engine.submit(calls)
+        if refusal is not None:
+            for future in futures:
+                future._fetched = True
+            raise explain(refusal, None, engine)
+        return futures
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until every call of the group that was submitted before has ended.
+
+        Raises nothing of theirs; CallTimeout where `timeout` seconds were not enough.
+        """
+        until = deadline(check_timeout(timeout))
+        engine = self._engine
+        call = Call("flush", b"", ())
+        engine.barrier(call)
+        if not engine.wait(call, until):
+            owed = engine.owed()
+            first = next(iter(owed.values()), None)
+            what = "" if first is None else f", {first.method}() (call {first.id}) among them"
+            raise CallTimeout(
+                f"{engine.name}: {len(owed)} ranks still owe answers after {timeout:g} s{what}",
+                method="flush",
+                missing=tuple(owed),
+            )
+
+    def collective_rpc(
+        self,
+        method: Callable[..., Any] | str,
+        timeout: float | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        non_block: bool = False,
+        unique_reply_rank: int | None = None,
+    ) -> Any:
+        """vLLM's verb: a list of results, or the bare value of `unique_reply_rank`; with
+        `non_block` a future of it. A callable `method` takes the worker first."""
+        view = self.options(timeout=timeout, reply_from=unique_reply_rank)
+        call = view._make(method, tuple(args), dict(kwargs or {}))
+        return view._submit(call) if non_block else view._run(call)
+
+    # -- other views --------------------------------------------------------------------------
+
+    def options(
+        self,
+        timeout: float | None = KEEP,
+        reply_from: int | None = KEEP,
+        return_exceptions: bool = KEEP,
+        on_error: str = KEEP,
+        grace: float = KEEP,
+    ) -> Any:
+        """A view of the same ranks whose calls have these options; what is not given stays.
+
+        timeout: seconds from the submission to the call's deadline; CallTimeout after it.
+        reply_from: all ranks run, this rank's value is the result; the others' are not sent.
+        return_exceptions: exceptions come as values, in place; waits for every rank.
+        on_error: "fail": after one rank's failure the others have `grace` seconds, then the group
+            breaks; "continue": they are left. By default "fail" for several ranks.
+        """
+        made = self._options.changed(
+            self._ranks, timeout, reply_from, return_exceptions, on_error, grace
+        )
+        bare = self._bare
+        if reply_from is not KEEP and len(self._ranks) > 1:
+            bare = made.reply_from
+        return make_view(self._engine, self._ranks, self._group, bare, made)
+
+    def _pick(self, index: object) -> View:
+        picked = pick(self._ranks, index)
+        ranks = (picked,) if isinstance(picked, int) else picked
+        bare = picked if isinstance(picked, int) else None
+        return make_view(self._engine, ranks, self._group, bare, self._options.narrowed(ranks))
+
+
+class OneView(View):
+    """A view whose calls give one rank's bare value."""
+
+    def call(self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any) -> R:
+        """Run `method` on the view's ranks and wait for the value. Raises what it raised."""
+        result: R = self._run(self._make(method, args, kwargs))
+        return result
+
+    def submit(
+        self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any
+    ) -> GroupFuture[R]:
+        """Like `call`, but returns at once, never blocks, and gives a future."""
+        return self._submit(self._make(method, args, kwargs))
+
+    def scatter(
+        self,
+        method: Callable[..., R] | str,
+        parts: Sequence[Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> R:
+        """`call`, with the i-th of `parts` before the other arguments for the i-th rank."""
+        result: R = self._run(self._scatter(method, parts, args, kwargs))
+        return result
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> Any:
+        return self._pick(index)
+
+    @property
+    def rank(self) -> int:
+        """The rank whose value its calls give."""
+        assert self._bare is not None
+        return self._bare
+
+
+class ManyView(View):
+    """A view whose calls give a list, in the view's order."""
+
+    def call(
+        self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any
+    ) -> list[R]:
+        """Run `method` on every rank of the view and wait: a list, in the view's order.
+
+        method: a function of the worker's class, its name, or any callable, which is sent by value
+            and called as `f(worker, *args, **kwargs)`. All that follows is the method's own.
+        Raises what the rank raised that failed first; see `options` for the rest.
+        """
+        result: list[R] = self._run(self._make(method, args, kwargs))
+        return result
+
+    def submit(
+        self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any
+    ) -> GroupFuture[list[R]]:
+        """Like `call`, but returns at once, never blocks, and gives a future."""
+        return self._submit(self._make(method, args, kwargs))
+
+    def scatter(
+        self,
+        method: Callable[..., R] | str,
+        parts: Sequence[Any],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[R]:
+        """`call`, with the i-th of `parts` before the other arguments for the i-th rank.
+
+        Raises ValueError where `parts` has not one item a rank.
+        """
+        result: list[R] = self._run(self._scatter(method, parts, args, kwargs))
+        return result
+
+    @overload
+    def __getitem__(self, index: int) -> OneView: ...
+    @overload
+    def __getitem__(self, index: slice | Sequence[int]) -> ManyView: ...
+    def __getitem__(self, index: Any) -> Any:
+        return self._pick(index)
+
+    if TYPE_CHECKING:
+
+        @overload
+        def options(
+            self,
+            timeout: float | None = ...,
+            *,
+            reply_from: int,
+            return_exceptions: bool = ...,
+            on_error: Literal["fail", "continue"] = ...,
+            grace: float = ...,
+        ) -> OneView: ...
+        @overload
+        def options(
+            self,
+            timeout: float | None = ...,
+            reply_from: None = ...,
+            return_exceptions: bool = ...,
+            on_error: Literal["fail", "continue"] = ...,
+            grace: float = ...,
+        ) -> ManyView: ...
+        def options(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def make_view(
+    engine: Engine, ranks: tuple[int, ...], group: object, bare: int | None, options: Options
+) -> View:
+    view: View = ManyView() if bare is None else OneView()
+    view._init_view(engine, ranks, group, bare, options)
+    return view

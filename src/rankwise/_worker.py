@@ -1,0 +1,244 @@
+"""The worker's main: bootstrap, loop, capture, reply.
+
+    launcher > main > serve_process > serve
+    channel ==frame==> receive > load > your method > Ok | Failed > encode > reply ==frame==> driver
+
+One thread, the process's main one, receives, runs and answers; calls are run in the order in which
+they come. What your method raises is a value (`_outcome.capture`), SystemExit too. `serve` itself
+knows no process: the inline backend runs it in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from _pickle import loads as plain_loads
+
+from rankwise import _context
+from rankwise._messages import (
+    ACK,
+    BOOT,
+    DEADLINE,
+    EXIT,
+    FAILED,
+    HAS_DEADLINE,
+    OK,
+    WANT_VALUE,
+)
+from rankwise._methods import method_name
+from rankwise._outcome import Failed, Ok, capture, encode_failure
+from rankwise._rankinfo import RankInfo
+from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SINCE
+from rankwise._status import EXIT as EXITING
+from rankwise.wire import codec
+from rankwise.wire.channel import TooLarge, WorkerChannel
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    class Channel(Protocol):
+        """What `serve` needs of a channel."""
+
+        def receive(self) -> tuple[int, int, int, bytes | bytearray] | None: ...
+        def reply(self, kind: int, call_id: int, body: bytes) -> None: ...
+
+
+# -- the loop ---------------------------------------------------------------------------------
+
+
+def serve(
+    channel: Channel, words: memoryview, prepare: Callable[[_context.Place, dict[str, object]], None]
+) -> None:
+    """Make the worker object, run the calls that come, and end it in order.
+
+    `prepare` is given the rank's place and the driver's settings before any user code is loaded.
+    """
+    made = _construct(channel, words, prepare)
+    if made is None:
+        return
+    worker, place = made
+    while True:
+        try:
+            frame = channel.receive()
+        except TooLarge as error:
+            channel.reply(FAILED, error.call_id, encode_failure(Failed(error)))
+            continue
+        if frame is None or frame[0] == EXIT:
+            break
+        _, flags, call_id, body = frame
+        words[SINCE] = time.monotonic_ns()
+        words[RUNNING] = call_id
+        kind, answer = _answer(worker, place, words, flags, call_id, body)
+        del frame, body  # a worker that waits keeps nothing of the last call alive
+        channel.reply(kind, call_id, answer)
+        del answer
+        words[DONE] = call_id
+        words[RUNNING] = 0
+    words[PHASE] = EXITING
+    _leave(worker)
+
+
+def _construct(
+    channel: Channel, words: memoryview, prepare: Callable[[_context.Place, dict[str, object]], None]
+) -> tuple[object, _context.Place] | None:
+    frame = channel.receive()
+    if frame is None or frame[0] != BOOT:
+        return None
+    _, _, call_id, body = frame
+    words[SINCE] = time.monotonic_ns()
+    words[PHASE] = IMPORT
+    fields, settings, blob = plain_loads(body)
+    place = _context.Place(RankInfo(*fields))
+    prepare(place, settings)
+
+    def make() -> object:
+        target, args, kwargs = codec.loads(blob)  # type: ignore[misc]
+        words[SINCE] = time.monotonic_ns()
+        words[PHASE] = CONSTRUCT
+        worker = target(*args, **kwargs)
+        enter = getattr(type(worker), "__enter__", None)
+        if enter is not None and hasattr(type(worker), "__exit__"):
+            entered = enter(worker)
+            worker = worker if entered is None else entered
+        return worker
+
+    match capture(make, (), {}):
+        case Ok(worker):
+            words[SINCE] = time.monotonic_ns()
+            words[PHASE] = READY
+            words[DONE] = call_id
+            channel.reply(ACK, call_id, b"")
+            return worker, place
+        case failed:
+            assert isinstance(failed, Failed)
+            channel.reply(FAILED, call_id, encode_failure(failed))
+            return None
+
+
+def _answer(
+    worker: object,
+    place: _context.Place,
+    words: memoryview,
+    flags: int,
+    call_id: int,
+    body: bytes | bytearray,
+) -> tuple[int, bytes]:
+    """Run one call: the kind and the body of its answer."""
+
+    def run() -> object:
+        deadline = None
+        data: bytes | bytearray | memoryview = body
+        if flags & HAS_DEADLINE:
+            (deadline,) = DEADLINE.unpack_from(body)
+            data = memoryview(body)[DEADLINE.size :]
+        method, args, kwargs = codec.loads(data)  # type: ignore[misc]
+        named = isinstance(method, str)
+        name = method if named else method_name(method)
+        place.call = _context.CurrentCall(call_id, name, deadline, words)
+        value = getattr(worker, method)(*args, **kwargs) if named else method(worker, *args, **kwargs)
+        if _is_coroutine(value):
+            value.close()
+            raise TypeError(f"{name} is an async method: rankwise runs ordinary methods only")
+        return value
+
+    outcome = capture(run, (), {})
+    place.call = None
+    if isinstance(outcome, Ok):
+        if not flags & WANT_VALUE:
+            return ACK, b""
+        try:
+            return OK, codec.encode_result(outcome.value)
+        except Exception as error:
+            outcome = Failed(error)
+    return FAILED, encode_failure(outcome)
+
+
+def _is_coroutine(value: object) -> bool:
+    return type(value).__name__ == "coroutine" and hasattr(value, "cr_frame")
+
+
+def _leave(worker: object) -> None:
+    """The orderly end: the object's own exit, then what torch wants written."""
+    leave = getattr(type(worker), "__exit__", None)
+    if leave is not None and hasattr(type(worker), "__enter__"):
+        outcome = capture(leave, (worker, None, None, None), {})
+        if isinstance(outcome, Failed):
+            _print_error("rankwise: the worker's __exit__ failed", outcome.error)
+    tunable = getattr(getattr(sys.modules.get("torch"), "cuda", None), "tunable", None)
+    if tunable is not None:
+        try:
+            if tunable.is_enabled() and tunable.tuning_is_enabled():
+                tunable.write_file()
+        except Exception as error:
+            _print_error("rankwise: TunableOp's results could not be written", error)
+
+
+def _print_error(what: str, error: BaseException) -> None:
+    import traceback
+
+    print(what, file=sys.stderr)
+    traceback.print_exception(type(error), error, error.__traceback__)
+
+
+# -- the process ------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """A spawned rank: argv is ROOT RANK CALL_FD STATUS_FD CRASH_FD NAME."""
+    rank, call_fd, status_fd, crash_fd = map(int, sys.argv[2:6])
+    serve_process(rank, call_fd, status_fd, crash_fd, sys.argv[6])
+
+
+def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: str) -> None:
+    """Be rank `rank`: returns when the driver says so or has gone."""
+    import faulthandler
+    import socket
+
+    from rankwise._status import StatusPage
+
+    for fd in (call_fd, status_fd, crash_fd):
+        os.set_inheritable(fd, False)
+    # Before any user code: the stacks of a crash go to the launcher, which reads them after it.
+    faulthandler.enable(crash_fd, all_threads=True)
+    _name_process(f"{name}:{rank}")
+    _line_buffer()
+    sock = socket.socket(fileno=call_fd)
+    channel = WorkerChannel(sock, 0.0)
+    # A child that the worker forks must not keep the call channel open after the worker's death.
+    os.register_at_fork(after_in_child=sock.close)
+    page = StatusPage(rank + 1, status_fd)
+
+    def prepare(place: _context.Place, settings: dict[str, object]) -> None:
+        _context.enter_process(place)
+        sys.path[:] = settings["sys_path"]  # type: ignore[call-overload]
+        sys.argv[:] = settings["argv"]  # type: ignore[call-overload]
+        channel.spin = settings["spin"]  # type: ignore[assignment]
+
+    serve(channel, page.words(rank), prepare)
+
+
+def _name_process(name: str) -> None:
+    try:
+        with open("/proc/self/comm", "w") as comm:
+            comm.write(name[:15])
+    except OSError:
+        pass
+
+
+def _line_buffer() -> None:
+    """A line shows when it is complete, not when 8 KB have gathered: Python's and C's stdout."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(line_buffering=True)
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    try:
+        stdout = ctypes.c_void_p.in_dll(libc, "stdout")
+        libc.setvbuf(stdout, None, 1, 0)  # 1 is _IOLBF, in glibc and in musl
+    except (AttributeError, ValueError):
+        pass  # a C library that keeps it elsewhere: its lines come late, that is all

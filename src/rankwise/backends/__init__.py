@@ -1,0 +1,31 @@
+"""Where the ranks of a group live: processes of this machine, or threads of the driver."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from rankwise._calls import Call
+    from rankwise._engine import Engine
+    from rankwise._spec import GroupSpec
+
+
+def launch(spec: GroupSpec) -> tuple[Engine, Call]:
+    """Start the ranks of `spec`: the engine, and the call that makes the worker objects.
+
+    Raises SerializationError before anything is started.
+    """
+    from rankwise.backends.boot import boot_call, encode_targets
+
+    blobs = encode_targets(spec)
+    engine: Engine
+    if spec.backend == "inline":
+        from rankwise.backends.inline import InlineEngine
+
+        engine = InlineEngine(spec)
+    else:
+        from rankwise.backends.local import start_local
+
+        engine = start_local(spec)
+    boot = boot_call(engine.infos, blobs, engine.spin)
+    engine.submit((boot,))
+    return engine, boot

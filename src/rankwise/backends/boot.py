@@ -1,0 +1,102 @@
+"""The first call of a group: every rank loads the target and its arguments, and makes its object.
+
+    encode (in the driver, before any process) > Boot ==frame==> import > construct > ready
+"""
+
+from __future__ import annotations
+
+import sys
+from _pickle import dumps
+
+from rankwise._answers import died
+from rankwise._calls import Broken, Call, Closed, Expired, Garbled, Lost
+from rankwise._messages import BOOT, FAILED
+from rankwise._outcome import failed_at, failure
+from rankwise.errors import StartupError, StartupTimeout
+from rankwise.wire import codec
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from rankwise._engine import Engine
+    from rankwise._rankinfo import RankInfo
+    from rankwise._spec import GroupSpec
+
+
+def encode_targets(spec: GroupSpec) -> list[bytes]:
+    """`(target, args, kwargs)` of each rank, pickled. Raises SerializationError."""
+    if spec.shared_args:
+        blob = codec.encode_call(spec.target, spec.args[0], spec.kwargs[0])
+        return [blob] * spec.world_size
+    return [
+        codec.encode_call(spec.target, args, kwargs)
+        for args, kwargs in zip(spec.args, spec.kwargs, strict=True)
+    ]
+
+
+def boot_call(infos: list[RankInfo], blobs: list[bytes], spin: float) -> Call:
+    """The call that makes the worker objects."""
+    settings = {"sys_path": list(sys.path), "argv": list(sys.argv), "spin": spin}
+    bodies = {
+        info.rank: dumps((tuple(info), settings, blob), 5)
+        for info, blob in zip(infos, blobs, strict=True)
+    }
+    ranks = tuple(range(len(infos)))
+    return Call("construct", b"", ranks, bodies=bodies, kind=BOOT)
+
+
+def startup_error(call: Call, engine: Engine, timed_out: bool, waited: float) -> StartupError | None:
+    """What the constructor raises for the settled (or overdue) boot `call`; None: all are ready."""
+    name = engine.name
+    if timed_out or isinstance(call.error, Expired):
+        phases = {rank: engine.ranks.phase(rank) for rank in call.missing()}
+        where = "".join(
+            f"\n  rank {rank}: pid {engine.ranks.pid(rank)}, {phase}" for rank, phase in phases.items()
+        )
+        return StartupTimeout(
+            f"{name}: {len(phases)} of {engine.world_size} ranks were not ready after "
+            f"{waited:g} s (start_timeout):{where}",
+            phases=phases,
+            rank=next(iter(phases), None),
+            phase=next(iter(phases.values()), "spawn"),
+        )
+    failures = {rank: body for rank, (kind, body) in call.answers.items() if kind == FAILED}
+    if failures:
+        rank = min(failures, key=lambda rank: (failed_at(failures[rank]), rank))
+        phase = engine.ranks.phase(rank)
+        cause = failure(failures[rank], rank, engine.ranks.pid(rank), "construct")
+        error = StartupError(
+            f"{name}: rank {rank} (pid {engine.ranks.pid(rank)}) failed in phase {phase!r}: "
+            f"{type(cause).__name__}: {_first_line(cause)}",
+            rank=rank,
+            phase=phase,
+        )
+        error.__cause__ = cause
+        return error
+    error_kind = call.error.cause if isinstance(call.error, Broken) else call.error
+    match error_kind:
+        case None:
+            return None
+        case Lost(rank=rank, report=report):
+            death = died(error_kind, engine)
+            phase = engine.ranks.phase(rank)
+            error = StartupError(
+                f"{name}: {death} (phase {phase!r}, before the group was ready)",
+                rank=rank,
+                phase=phase,
+                exitcode=None if report is None else report.exitcode,
+                log_tail="" if report is None else report.log_tail,
+            )
+            error.__cause__ = death
+            return error
+        case Garbled(rank=rank, reason=reason):
+            who = "the launcher" if rank < 0 else f"rank {rank}"
+            return StartupError(
+                f"{name}: {who}: {reason}", rank=None if rank < 0 else rank, phase="spawn"
+            )
+        case Closed():
+            return StartupError(f"{name}: the group was closed before it was ready")
+    raise AssertionError(f"no words for {error_kind!r}")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

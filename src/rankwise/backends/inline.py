@@ -1,0 +1,281 @@
+"""Ranks as threads of the driver: for pdb, and for tests that need no process.
+
+    call() > Ledger.place > rank's queue > the worker's own loop, in a thread > Ledger.reply > gate
+
+The same ledger, codec and worker loop as with processes, so order, copies and errors are the same:
+arguments and results are pickled and loaded. There is nothing to poll and nobody dies, so there is
+no pump: a waiter sleeps at its gate, and one timer thread runs the deadlines out.
+"""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+
+from rankwise import _context, _lifetime
+from rankwise._callbacks import Callbacks
+from rankwise._calls import Call, Closed, Error
+from rankwise._deadline import clock, deadline, left
+from rankwise._environment import rank_infos
+from rankwise._ledger import Ledger
+from rankwise._messages import DEADLINE, EXIT, HAS_DEADLINE, WANT_VALUE
+from rankwise._ranks import Ranks
+from rankwise._status import StatusPage
+from rankwise._worker import serve
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+    from collections.abc import Callable, Generator
+
+    from rankwise._future import GroupFuture
+    from rankwise._spec import GroupSpec
+
+    Frame = tuple[int, int, int, bytes]
+
+
+class QueueChannel:
+    """What the worker's loop sees instead of a socket."""
+
+    def __init__(self, engine: InlineEngine, rank: int) -> None:
+        self.frames: SimpleQueue[Frame] = SimpleQueue()
+        self._engine = engine
+        self._rank = rank
+
+    def receive(self) -> Frame:
+        return self.frames.get()
+
+    def reply(self, kind: int, call_id: int, body: bytes) -> None:
+        self._engine.reply(self._rank, kind, call_id, body)
+
+
+class InlineEngine:
+    """One group of threads."""
+
+    def __init__(self, spec: GroupSpec) -> None:
+        self.name = spec.name
+        self.world_size = spec.world_size
+        self.infos = rank_infos(spec, "127.0.0.1", 0)
+        self.spin = 0.0
+        self.starting = True
+        self.inert: str | None = None
+        self._status = StatusPage(spec.world_size)
+        self.ranks = Ranks(spec.world_size, self._status)
+        self._ledger = Ledger(spec.world_size)
+        self._lock = threading.RLock()
+        self._news = threading.Condition(self._lock)  # a timer, or the end
+        self._callbacks = Callbacks(spec.name)
+        self._closed = False
+        self._channels = [QueueChannel(self, rank) for rank in range(spec.world_size)]
+        self._threads = [
+            threading.Thread(
+                target=self._serve, args=(rank,), name=f"rankwise-{spec.name}-{rank}", daemon=True
+            )
+            for rank in range(spec.world_size)
+        ]
+        self._timer = threading.Thread(
+            target=self._run_timers, name=f"rankwise-{spec.name}-timers", daemon=True
+        )
+        _lifetime.adopt(self)
+        for thread in (*self._threads, self._timer):
+            thread.start()
+
+    # -- the ranks' threads -------------------------------------------------------------------
+
+    def _serve(self, rank: int) -> None:
+        def prepare(place: _context.Place, settings: dict[str, object]) -> None:
+            _context.enter_thread(place)
+
+        words = self._status.words(rank)
+        try:
+            serve(self._channels[rank], words, prepare)
+        finally:
+            words.release()
+
+    def reply(self, rank: int, kind: int, call_id: int, body: bytes) -> None:
+        with self._lock:
+            self._ledger.reply(rank, call_id, kind, body, clock())
+            self._send(rank)
+            self._news.notify_all()
+        self._tell()
+
+    def _send(self, rank: int) -> None:
+        while (call := self._ledger.next_to_send(rank)) is not None:
+            flags = WANT_VALUE if call.reply_from is None or call.reply_from == rank else 0
+            body = call.body_for(rank)
+            if call.deadline is not None:
+                flags |= HAS_DEADLINE
+                body = DEADLINE.pack(call.deadline) + body
+            self._ledger.sent(rank, call)
+            self._channels[rank].frames.put((call.kind, flags, call.id, body))
+
+    def _run_timers(self) -> None:
+        while True:
+            with self._lock:
+                if self._closed:
+                    return
+                self._ledger.expire(clock())
+                self._news.wait(left(self._ledger.next_timer()))
+            self._tell()
+
+    # -- calls --------------------------------------------------------------------------------
+
+    def run(self, call: Call) -> Error | None:
+        refusal = self.submit((call,))
+        if refusal is None:
+            self.wait(call, None)
+        return refusal
+
+    def submit(self, calls: tuple[Call, ...]) -> Error | None:
+        with self._lock:
+            refusal = self.refusal()
+            if refusal is not None:
+                return refusal
+            self._ledger.place(calls)
+            for call in calls:
+                for rank in call.ranks:
+                    self._send(rank)
+            self._news.notify_all()
+        return None
+
+    def barrier(self, call: Call) -> None:
+        with self._lock:
+            self._ledger.barrier(call)
+
+    def wait(self, call: Call, until: float | None) -> bool:
+        gate = threading.Event()
+        with self._lock:
+            if call.done:
+                return True
+            call.watchers = [*(call.watchers or ()), gate.set]
+        gate.wait(left(until))
+        return call.done
+
+    def await_call(self, call: Call, loop: AbstractEventLoop) -> Generator[object, None, None]:
+        waiter = loop.create_future()
+
+        def wake() -> None:
+            if not waiter.done():
+                waiter.set_result(None)
+
+        def told() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(wake)
+
+        with self._lock:
+            if call.done:
+                return
+            call.watchers = [*(call.watchers or ()), told]
+        yield from waiter
+
+    def cancel(self, call: Call) -> bool:
+        with self._lock:
+            dropped = self._ledger.cancel(call)
+            if not dropped and not call.ended:
+                for rank in call.missing():
+                    self.ranks.cancel(rank, call.id)
+        self._tell()
+        return dropped
+
+    def watch(self, future: GroupFuture[object]) -> None:
+        self._callbacks.ensure()
+
+    def defer(self, job: Callable[[], object]) -> None:
+        self._callbacks.ensure()
+        self._callbacks.put(job)
+
+    def unfetched(self, future: GroupFuture[object]) -> None:
+        _lifetime.log_unfetched(future)
+
+    def refusal(self) -> Error | None:
+        return Closed() if self._closed else self._ledger.refusal()
+
+    def owed(self) -> dict[int, Call]:
+        with self._lock:
+            return dict(self._ledger.owed())
+
+    def _tell(self) -> None:
+        ledger = self._ledger
+        while True:
+            with self._lock:
+                if not ledger.settled:
+                    break
+                call = ledger.settled.popleft()
+            for watcher in call.watchers or ():
+                watcher()
+            future = call.future
+            if future is not None and future.watched:  # type: ignore[attr-defined]
+                self._callbacks.put(future.announce)  # type: ignore[attr-defined]
+            call.future = None
+        while ledger.reports:
+            call, rank = ledger.reports.popleft()
+            _lifetime.log_failure(call, rank)
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def close(self, timeout: float | None, *, drop: bool = False) -> None:
+        """See WorkerGroup.close. A thread cannot be killed: one that is stuck is left, a daemon."""
+        until = deadline(timeout)
+        with self._lock:
+            if self._closed:
+                return
+            self._ledger.closing = True
+            if drop:
+                self._ledger.drop_queued(Closed())
+                for call in list(self._ledger.open.values()):
+                    for rank in call.missing():
+                        self.ranks.cancel(rank, call.id)
+        self._tell()
+        drained = Call("close", b"", ())
+        self.barrier(drained)
+        self.wait(drained, until)
+        self._end()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(left(until))
+        self._callbacks.close()
+        if not any(thread.is_alive() for thread in self._threads):
+            self.ranks.forget_status()
+
+    def kill(self) -> None:
+        """Settle every open call and stop listening. A thread in the user's code runs on."""
+        self.close(0.0, drop=True)
+
+    def _end(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._ledger.break_group(Closed())
+            self._news.notify_all()
+        self._tell()
+        for channel in self._channels:
+            channel.frames.put((EXIT, 0, 0, b""))
+        if threading.current_thread() is not self._timer:
+            self._timer.join()
+        _lifetime.disown(self)
+
+    def refuse(self) -> None:
+        with self._lock:
+            self._ledger.closing = True
+
+    def break_calls(self) -> None:
+        """Settle every open call: the interpreter is about to exit."""
+        with self._lock:
+            self._ledger.closing = True
+            for call in list(self._ledger.open.values()):
+                self._ledger.abort(call, Closed())
+        self._tell()
+
+    def abandon(self) -> bool:
+        """The group was collected. Runs in a finalizer: the ranks' threads are told, no more."""
+        if self._closed:
+            return False
+        self._callbacks.put(self.kill)
+        return True
+
+    def become_inert(self, owner: int) -> None:
+        """This is a forked child's copy, without its threads."""
+        self._closed = True
+        self.inert = (
+            f"{self.name} belongs to process {owner}; this is a forked child of it, which must make "
+            "a group of its own"
+        )

@@ -1,0 +1,462 @@
+"""Ranks as processes of this machine: the engine that owns a launcher, a pump and a keeper.
+
+    construction   validate > pickle target and arguments > launcher > Boot ==> ready
+    a death        launcher ==Exited=> keeper > Pump.deaths > ledger broken > ending
+    ending         Exit frames > 0.3 s > SIGTERM > 1 s > Finish (SIGKILL) > Gone > descriptors
+
+Who ends what, in this order: the workers (by their own exit, or by the launcher), the launcher (by
+its own exit after Gone, or SIGKILL), the printer, the keeper's thread, the callback thread, the
+descriptors. `close` walks that order whatever it finds already done; a broken group's keeper walks
+its first half by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from functools import partial
+
+from rankwise import _lifetime, _procfs
+from rankwise._answers import broken
+from rankwise._callbacks import Callbacks
+from rankwise._calls import Call, Closed, Error, Garbled
+from rankwise._deadline import clock, deadline, left
+from rankwise._keeper import Keeper
+from rankwise._messages import (
+    EXIT,
+    Exited,
+    Finish,
+    Gone,
+    Output,
+    Preloaded,
+    Shown,
+    Signal,
+    Spawned,
+    SpawnFailed,
+)
+from rankwise._pump import Pump
+from rankwise._ranks import Ranks
+from rankwise.backends.launching import start_launcher
+from rankwise.logs.show import Printer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
+    from collections.abc import Callable, Generator
+
+    from rankwise._future import GroupFuture
+    from rankwise._spec import GroupSpec
+
+logger = logging.getLogger("rankwise")
+
+SPIN = 100e-6  # seconds: at a call every 5 ms, 2 % of a core
+BROKEN_TERM = 0.3  # seconds that the ranks of a broken group have to exit by themselves
+TERM_GRACE = 1.0  # seconds between SIGTERM and SIGKILL
+LAUNCHER_PATIENCE = 1.0  # a launcher that does not answer for so long is stopped, or gone
+STARTUP_LOOK = 0.02  # seconds between two looks at the phases of a group that starts
+LAST_ID = 1 << 62
+
+
+class LocalEngine:
+    """One group of processes. Made by `start_local`; ended by `close` or `kill`."""
+
+    def __init__(self, spec: GroupSpec, stack: ExitStack) -> None:
+        self.name = spec.name
+        self.world_size = spec.world_size
+        started = start_launcher(spec, stack)
+        self.infos = started.infos
+        self.ranks = Ranks(spec.world_size, started.status)
+        stack.callback(self.ranks.forget_status)
+        self.spin = SPIN if spec.spin == "auto" else float(spec.spin)
+        self.pump = Pump(started.sockets, self.spin)
+        stack.callback(self.pump.close)
+        self.pump.announce = self._announce
+        self._control = started.control
+        self._launcher = started.launcher
+        self.control_fd = started.control.fileno()
+        self.launcher_pidfd = started.launcher_pidfd
+        self.pump.outer.register(self.control_fd, 1)
+        self.pump.outer.register(self.launcher_pidfd, 1)
+        self._on_failure = spec.on_failure
+        self._callbacks = Callbacks(spec.name)
+        if spec.on_failure is not None:
+            self._callbacks.ensure()
+        self._printer = Printer(spec.name, self._shown)
+        self.keeper = Keeper(self, spec.name)
+        self.next_step: float | None = clock()
+        self.starting = True
+        self._phases: dict[int, str] = {}
+        self._began = clock()
+        self._news = threading.Condition()  # ends of ranks, and of the launcher
+        self._gone = False
+        self._end_at = [0.0, 0.0]  # of a broken group: SIGTERM, SIGKILL; 0: not begun
+        self._finishing = False
+        self._to_launcher: list[object] = []
+        self._closing = threading.RLock()
+        self._closed = False
+        self._stack = stack.pop_all()
+        _lifetime.adopt(self)
+        self.keeper.start()
+
+    # -- calls --------------------------------------------------------------------------------
+
+    def run(self, call: Call) -> Error | None:
+        return self.pump.run(call)
+
+    def submit(self, calls: tuple[Call, ...]) -> Error | None:
+        return self.pump.submit(calls)
+
+    def barrier(self, call: Call) -> None:
+        self.pump.check_entry()
+        with self.pump.lock:
+            self.pump.ledger.barrier(call)
+            self.pump.rearm_if_unled()
+
+    def wait(self, call: Call, until: float | None) -> bool:
+        return self.pump.wait(call, until)
+
+    def await_call(self, call: Call, loop: AbstractEventLoop) -> Generator[object, None, None]:
+        return self.pump.port(loop).wait(call)
+
+    def cancel(self, call: Call) -> bool:
+        self.pump.check_entry()
+        with self.pump.lock:
+            dropped = self.pump.ledger.cancel(call)
+            if not dropped and not call.ended:
+                for rank in call.missing():
+                    self.ranks.cancel(rank, call.id)
+        self.pump.tell()
+        self.pump.rouse_leader()
+        return dropped
+
+    def watch(self, future: GroupFuture[object]) -> None:
+        self._callbacks.ensure()
+
+    def defer(self, job: Callable[[], object]) -> None:
+        self._callbacks.ensure()
+        self._callbacks.put(job)
+
+    def refusal(self) -> Error | None:
+        return Closed() if self._closed else self.pump.ledger.refusal()
+
+    def owed(self) -> dict[int, Call]:
+        with self.pump.lock:
+            return dict(self.pump.ledger.owed())
+
+    def unfetched(self, future: GroupFuture[object]) -> None:
+        _lifetime.log_unfetched(future)
+
+    def _announce(self, call: Call) -> None:
+        future = call.future
+        if future is not None and future.watched:  # type: ignore[attr-defined]
+            self._callbacks.put(future.announce)  # type: ignore[attr-defined]
+        call.future = None
+
+    # -- what the launcher says: the keeper's thread ------------------------------------------
+
+    def hear(self) -> None:
+        """Deal with what the launcher has said, or with its end."""
+        try:
+            messages = self._control.receive()
+        except (EOFError, ValueError, OSError) as reason:
+            self._launcher_lost(reason)
+            return
+        for message in messages:
+            match message:
+                case Spawned(rank, pid, starttime):
+                    self.ranks.pids[rank] = pid
+                    self.ranks.starttimes[rank] = starttime
+                case Output(stream, data):
+                    self._printer.put(stream, data)
+                case Exited():
+                    self._exited(message)
+                case SpawnFailed(rank, reason):
+                    self._break(Garbled(rank, f"could not be started: {reason}"))
+                case Preloaded(seconds, refused):
+                    self._preloaded(seconds, refused)
+                case Gone():
+                    self._gone = True
+                    self.pump.outer.unregister(self.control_fd)
+                    self.pump.outer.unregister(self.launcher_pidfd)
+        self._tell_news()
+
+    def _exited(self, report: Exited) -> None:
+        self.ranks.reports[report.rank] = report
+        self.pump.sockets.deaths[report.rank] = report
+
+    def _preloaded(self, seconds: float, refused: str | None) -> None:
+        if refused is None:
+            logger.info("%s: the launcher has preloaded in %.2f s", self.name, seconds)
+        else:
+            logger.warning("%s: the ranks are spawned, not forked: %s", self.name, refused)
+
+    def _launcher_lost(self, reason: Exception) -> None:
+        """The launcher has ended before it said Gone: the ranks have a SIGKILL from the kernel."""
+        self.pump.outer.unregister(self.control_fd)
+        self.pump.outer.unregister(self.launcher_pidfd)
+        self.kill_ranks()
+        if not self._finishing:
+            self._break(Garbled(-1, f"its process (pid {self._launcher.pid}) ended: {reason}"))
+        self._gone = True
+        self._tell_news()
+
+    def _tell_news(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+    def _break(self, cause: Error) -> None:
+        with self.pump.lock:
+            self.pump.ledger.break_group(cause)
+
+    def kill_ranks(self) -> None:
+        """SIGKILL each rank's process group ourselves: the launcher cannot any more."""
+        for rank, pid in list(self.ranks.pids.items()):
+            process = _procfs.stat(pid)
+            if process is not None and process.starttime != self.ranks.starttimes[rank]:
+                continue  # the number has gone to somebody else
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
+
+    # -- the ending of a broken group, and progress at start: the keeper's thread -------------
+
+    def step(self, now: float) -> None:
+        """Do what is due: phases of a start, stages of a broken group's end, queued messages."""
+        self._flush_control()
+        self.next_step = None
+        if self.starting:
+            self._log_phases(now)
+            self.next_step = now + STARTUP_LOOK
+        with self.pump.lock:
+            ledger = self.pump.ledger
+            cause, closing = ledger.broken, ledger.closing
+            reports, ledger.reports = ledger.reports, type(ledger.reports)()
+        for call, rank in reports:
+            _lifetime.log_failure(call, rank)
+        if cause is None or self._gone or closing:
+            return  # whoever closes does the ending
+        if not self._end_at[0]:
+            self._end_at = [now + BROKEN_TERM, now + BROKEN_TERM + TERM_GRACE]
+            self._begin_end(cause)
+        term, kill = self._end_at
+        alive = tuple(rank for rank in self.ranks.pids if rank not in self.ranks.reports)
+        if not alive or now >= kill:
+            self.finish()
+        elif now >= term:
+            self.send(Signal(alive, signal.SIGTERM))
+            self._end_at[0] = float("inf")
+        self.next_step = min(self._end_at)
+        if self._finishing:
+            self.next_step = None
+
+    def _begin_end(self, cause: Error) -> None:
+        self.send_exits()
+        self.pump.tell()
+        self.pump.rouse_leader()
+        if self._on_failure is not None and not isinstance(cause, Closed) and not self.starting:
+            self.defer(partial(self._report_failure, self._on_failure, cause))
+        self._on_failure = None
+
+    def _report_failure(self, on_failure: Callable[[object], object], cause: Error) -> None:
+        on_failure(broken(cause, self))
+
+    def _log_phases(self, now: float) -> None:
+        for rank in range(self.world_size):
+            phase = self.ranks.phase(rank)
+            if self.ranks.pid(rank) and self._phases.get(rank) != phase:
+                self._phases[rank] = phase
+                logger.info(
+                    "%s: rank %d (pid %d): %s, after %.2f s",
+                    self.name, rank, self.ranks.pid(rank), phase, now - self._began,
+                )  # fmt: skip
+
+    # -- talking to the launcher: any thread --------------------------------------------------
+
+    def send(self, message: object) -> None:
+        """Have the keeper send `message`: the control channel belongs to its thread alone."""
+        self._to_launcher.append(message)
+        self.pump.kick()
+
+    def _shown(self, nbytes: int) -> None:
+        if not self._closed:
+            self.send(Shown(nbytes))
+
+    def _flush_control(self) -> None:
+        while self._to_launcher:
+            self._control.send(self._to_launcher.pop(0))
+        if not self._control.flush():
+            self.pump.outer.modify(self.control_fd, 1 | 4)
+        elif not self._gone:
+            self.pump.outer.modify(self.control_fd, 1)
+
+    def send_exits(self) -> None:
+        """Tell every rank to end in order, after what it was sent. Best effort."""
+        farewell = Call("exit", b"", (), kind=EXIT)
+        farewell.id = LAST_ID
+        with self.pump.lock:
+            for channel in self.pump.sockets.channels:
+                channel.send_farewell(farewell)
+
+    def finish(self) -> None:
+        """Have the launcher SIGKILL what is left, report and go."""
+        if not self._finishing:
+            self._finishing = True
+            self.send(Finish())
+
+    # -- closing ------------------------------------------------------------------------------
+
+    def close(self, timeout: float | None, *, drop: bool = False) -> None:
+        """See WorkerGroup.close. `drop`: without the queued calls, and with the cancel flags set."""
+        self.pump.check_entry()
+        interrupted: BaseException | None = None
+        until = deadline(timeout)
+        with self._closing:
+            if self._closed:
+                return
+            stages = [partial(self._end_calls, until, drop), partial(self._end_ranks, until)]
+            while stages:
+                try:
+                    stages[0]()
+                except BaseException as error:  # ^C: no more waiting, and raised when all is done
+                    interrupted = error
+                    stages.clear()
+                    continue
+                stages.pop(0)
+            while not self._closed:
+                try:
+                    self._end_launcher()
+                    self._end_all()
+                except KeyboardInterrupt as error:
+                    interrupted = error
+        if interrupted is not None:
+            raise interrupted
+
+    def kill(self) -> None:
+        """End everything at once."""
+        self.pump.check_entry()
+        with self._closing:
+            if not self._closed:
+                self._end_launcher()
+                self._end_all()
+
+    def _end_calls(self, until: float | None, drop: bool) -> None:
+        with self.pump.lock:
+            ledger = self.pump.ledger
+            ledger.closing = True
+            if drop:
+                ledger.drop_queued(Closed())
+            open_calls = list(ledger.open.values())
+        if drop:
+            for call in open_calls:
+                for rank in call.missing():
+                    self.ranks.cancel(rank, call.id)
+        self.pump.tell()
+        drained = Call("close", b"", ())
+        self.barrier(drained)
+        self.pump.wait(drained, until)
+
+    def _end_ranks(self, until: float | None) -> None:
+        self.send_exits()
+        if self.pump.ledger.broken is not None:
+            soon = clock() + BROKEN_TERM
+            until = soon if until is None else min(until, soon)
+        if self._wait_news(self._all_exited, until):
+            return
+        self._break(Closed())
+        self.pump.tell()
+        alive = tuple(rank for rank in self.ranks.pids if rank not in self.ranks.reports)
+        self.send(Signal(alive, signal.SIGTERM))
+        self._wait_news(self._all_exited, deadline(TERM_GRACE))
+
+    def _end_launcher(self) -> None:
+        with self.pump.lock:
+            self.pump.ledger.closing = True
+        self._break(Closed())
+        self.pump.tell()
+        self.pump.rouse_leader()
+        self.finish()
+        if not self._wait_news(lambda: self._gone, deadline(LAUNCHER_PATIENCE)):
+            self._kill_launcher()
+            self._wait_news(lambda: self._gone, deadline(LAUNCHER_PATIENCE))
+        if not _lifetime.wait_readable(self.launcher_pidfd, LAUNCHER_PATIENCE):
+            self._kill_launcher()
+        self._launcher.wait()
+
+    def _kill_launcher(self) -> None:
+        try:
+            signal.pidfd_send_signal(self.launcher_pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.kill_ranks()
+
+    def _end_all(self) -> None:
+        self._printer.drain(LAUNCHER_PATIENCE)
+        self._printer.close()
+        self.keeper.stop()
+        self._callbacks.close()
+        self._closed = True
+        _lifetime.disown(self)
+        self._stack.close()
+
+    def _all_exited(self) -> bool:
+        return self._gone or len(self.ranks.reports) == self.world_size
+
+    def _wait_news(self, happened: Callable[[], bool], until: float | None) -> bool:
+        with self._news:
+            return self._news.wait_for(happened, left(until))
+
+    def refuse(self) -> None:
+        with self.pump.lock:
+            self.pump.ledger.closing = True
+
+    @property
+    def inert(self) -> str | None:
+        return self.pump.inert
+
+    # -- not by the caller --------------------------------------------------------------------
+
+    def break_calls(self) -> None:
+        """Settle every open call: the interpreter is about to exit."""
+        with self.pump.lock:
+            self.pump.ledger.closing = True
+            for call in list(self.pump.ledger.open.values()):
+                self.pump.ledger.abort(call, Closed())
+        self.pump.tell()
+        self.pump.rouse_leader()
+
+    def abandon(self) -> bool:
+        """The group was collected: end without waiting. False where it has ended already.
+
+        It runs in a finalizer, that is inside any lock.
+        """
+        if self._closed:
+            return False
+        self.keeper.abandoned = True
+        self.pump.kick()
+        return True
+
+    def become_inert(self, owner: int) -> None:
+        """This is a forked child's copy: close its descriptors, touch nothing else."""
+        self.pump.inert = (
+            f"{self.name} belongs to process {owner}; this is a forked child of it (pid "
+            f"{os.getpid()}), which must make a group of its own"
+        )
+        self._closed = True
+        self._launcher.returncode = 0  # else its destructor would warn of a child not waited for
+        self._stack.close()
+
+
+def start_local(spec: GroupSpec) -> LocalEngine:
+    """Start the launcher of `spec`; its ranks wait for their boot call."""
+    if sys.platform != "linux":
+        raise RuntimeError(
+            f"backend='local' needs Linux 5.4 or newer, and this is {sys.platform}: "
+            "backend='inline' works everywhere"
+        )
+    with ExitStack() as stack:
+        return LocalEngine(spec, stack)

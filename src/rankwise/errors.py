@@ -1,0 +1,266 @@
+"""What can go wrong, as a tree. Every class here survives pickle, with its fields and its cause.
+
+    WorkerGroupError(RuntimeError)
+      StartupError          a rank did not become ready
+        StartupTimeout      (also TimeoutError) the ranks were not ready in time
+      GroupBroken           (also concurrent.futures.BrokenExecutor) the group has failed; `.first` says why
+        WorkerDied          (also ChildProcessError) a rank's process ended under an open call
+      GroupClosed           the caller closed the group
+      RemoteError           what a worker raised, as text: the cause of what the caller catches
+    CallTimeout             (WorkerGroupError, TimeoutError) a deadline or a waiter's patience ran out
+    SerializationError      (WorkerGroupError, TypeError) an argument or a result cannot travel
+"""
+
+from __future__ import annotations
+
+import signal as _signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from concurrent.futures import BrokenExecutor
+else:
+    # The real base costs 10 ms (it imports logging); whoever catches BrokenExecutor has it already
+    # or gets it here, when the first of these classes is asked for by the driver.
+    from concurrent.futures._base import BrokenExecutor
+
+__all__ = [
+    "CallTimeout",
+    "GroupBroken",
+    "GroupClosed",
+    "RemoteError",
+    "SerializationError",
+    "StartupError",
+    "StartupTimeout",
+    "WorkerDied",
+    "WorkerGroupError",
+]
+
+
+class WorkerGroupError(RuntimeError):
+    """The root of everything that rankwise raises on its own account."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # An exception pickles its args and its __dict__; the cause, which is half of what we have
+        # to say, would be left behind.
+        return _rebuild, (type(self), self.args, dict(self.__dict__), self.__cause__)
+
+
+def _rebuild(
+    cls: type[WorkerGroupError],
+    args: tuple[object, ...],
+    fields: dict[str, object],
+    cause: BaseException | None,
+) -> WorkerGroupError:
+    error = cls.__new__(cls, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    error.__cause__ = cause
+    return error
+
+
+def describe_exit(exitcode: int | None) -> str:
+    """`exitcode` in words: `was killed by SIGKILL`, `exited with status 3`, `ended`."""
+    if exitcode is None:
+        return "ended (its exit status is not known)"
+    if exitcode < 0:
+        return f"was killed by {signal_name(-exitcode)}"
+    return f"exited with status {exitcode}"
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL` for 9; `signal 40` for what has no name."""
+    try:
+        return _signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+class StartupError(WorkerGroupError):
+    """A rank did not become ready, so the group was not made and nothing of it is left.
+
+    rank: which one (None where no single rank is to blame).
+    phase: how far it had come: "spawn", "import" (its class and arguments), "construct"
+        (`target(...)` ran) or "ready".
+    exitcode: its exit status, negative for a signal; None where its process still lived.
+    log_tail: the last of what it wrote to its descriptors 1 and 2 (at most 64 KB).
+    `__cause__` is the rank's own exception, where it raised one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int | None = None,
+        phase: str = "spawn",
+        exitcode: int | None = None,
+        log_tail: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.phase = phase
+        self.exitcode = exitcode
+        self.log_tail = log_tail
+
+    @property
+    def exit_status(self) -> int | None:
+        """The same as `exitcode`."""
+        return self.exitcode
+
+
+class StartupTimeout(StartupError, TimeoutError):
+    """`start_timeout` ran out. `phases` maps each rank that is not ready to where it stands."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        phases: Mapping[int, str] | None = None,
+        rank: int | None = None,
+        phase: str = "spawn",
+        exitcode: int | None = None,
+        log_tail: str = "",
+    ) -> None:
+        super().__init__(message, rank=rank, phase=phase, exitcode=exitcode, log_tail=log_tail)
+        self.phases = dict(phases or {})
+
+
+class GroupBroken(WorkerGroupError, BrokenExecutor):
+    """The group has failed and takes no more calls.
+
+    first: what broke it: a WorkerDied, or the exception of the rank that failed first.
+    It is also the `__cause__`.
+    """
+
+    def __init__(self, message: str, *, first: BaseException | None = None) -> None:
+        super().__init__(message)
+        self.first: BaseException | None = first
+        self.__cause__ = first
+
+
+class WorkerDied(GroupBroken, ChildProcessError):
+    """A rank's process ended while it owed an answer.
+
+    rank, pid: whose process it was.
+    exitcode: as in `subprocess`: the exit status, or minus the signal's number; None: not known.
+    signal: the signal's number, or None.
+    oom_killed: True, False, or None where it cannot be told.
+    method, call_id: what it was running or owed, None where it was idle.
+    log_tail: the last 64 KB that it wrote to descriptors 1 and 2, as text.
+    stack: the Python stacks that faulthandler wrote when it crashed, or None.
+    peak_rss: the most memory it had resident, in bytes, or None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int = -1,
+        pid: int | None = None,
+        exitcode: int | None = None,
+        oom_killed: bool | None = None,
+        method: str | None = None,
+        call_id: int | None = None,
+        log_tail: str = "",
+        stack: str | None = None,
+        peak_rss: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.pid = pid
+        self.exitcode = exitcode
+        self.signal = -exitcode if exitcode is not None and exitcode < 0 else None
+        self.oom_killed = oom_killed
+        self.method = method
+        self.call_id = call_id
+        self.log_tail = log_tail
+        self.stack = stack
+        self.peak_rss = peak_rss
+        self.first = self
+
+
+    def __reduce__(self) -> tuple[object, ...]:
+        fields = {key: value for key, value in self.__dict__.items() if key != "first"}
+        return _rebuild_died, (type(self), self.args, fields, self.__cause__)
+
+
+def _rebuild_died(
+    cls: type[WorkerDied],
+    args: tuple[object, ...],
+    fields: dict[str, object],
+    cause: BaseException | None,
+) -> WorkerGroupError:
+    error = _rebuild(cls, args, fields, cause)
+    error.__dict__["first"] = error  # its own first cause: pickled as itself it would never end
+    return error
+
+
+class GroupClosed(WorkerGroupError):
+    """The caller closed the group: the call was not run, or its answer is not to come."""
+
+
+class RemoteError(WorkerGroupError):
+    """What a worker raised, as text; the `__cause__` of the exception that the caller catches.
+
+    It is raised itself where the original is no `Exception`, or cannot be pickled or rebuilt.
+    rank, pid, method: where it happened; type_name: the original's class, with its module;
+    remote_traceback: the worker's own traceback.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int = -1,
+        pid: int = 0,
+        method: str = "",
+        type_name: str = "",
+        remote_traceback: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.pid = pid
+        self.method = method
+        self.type_name = type_name
+        self.remote_traceback = remote_traceback
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text}\n\n{self.remote_traceback.rstrip()}" if self.remote_traceback else text
+
+
+class CallTimeout(WorkerGroupError, TimeoutError):
+    """A call's deadline passed, or a waiter's patience ran out.
+
+    answered: the ranks whose answers had come. missing: the others.
+    states: for each missing rank what it is doing: "running", "queued", "idle", "stopped", "dead".
+    seconds: for each missing rank, how long it has been in the call (0.0 where it has not begun).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        method: str = "",
+        answered: Sequence[int] = (),
+        missing: Sequence[int] = (),
+        states: Mapping[int, str] | None = None,
+        seconds: Mapping[int, float] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.method = method
+        self.answered = tuple(answered)
+        self.missing = tuple(missing)
+        self.states = dict(states or {})
+        self.seconds = dict(seconds or {})
+
+
+class SerializationError(WorkerGroupError, TypeError):
+    """An argument cannot be pickled: raised by the submitting call, before anything is sent.
+
+    path: the way to the culprit, as one would write it: `args[0]['cfg'].lock`.
+    """
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.path = path

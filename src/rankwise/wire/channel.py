@@ -1,0 +1,309 @@
+"""Frames on a socket: the driver's end of a call channel, and the worker's.
+
+    frame = header (24 bytes: magic, kind, flags, sequence, call, length) + body
+
+The driver's end never blocks, and may be struck by an exception out of a signal handler between any
+two bytecodes while bytes are on their way. So bytes leave the socket by one C call that also stores
+them (`chunks.extend(map(recv, (SIZE,)))`) and enter it by one that also counts them
+(`sent.extend(map(send, (view,)))`), and everything else is computed again from what was stored: who
+was interrupted before a commit leaves nothing half done, and the next leader goes on from there.
+The commits are stores in straight code, where CPython runs no handler.
+
+The worker's end belongs to one thread that nothing interrupts, and may block.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+
+from rankwise._deadline import clock
+from rankwise._messages import HEADER, MAGIC
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from typing import Final
+
+    from rankwise._calls import Call
+
+HEADER_SIZE: Final = HEADER.size
+RECEIVE_SIZE: Final = 256 << 10
+# Below this a header and its body are joined: one copy is cheaper than a second system call.
+JOIN_SIZE: Final = 64 << 10
+SEQUENCE_MASK: Final = 0xFFFFFFFF
+# No frame is this long: a length above it is a broken frame, not a reason to reserve memory.
+MAX_BODY: Final = 1 << 46
+
+unpack_header = HEADER.unpack_from
+pack_header = HEADER.pack
+
+
+class BadFrame(Exception):
+    """What came is no frame, or not the next one. The channel cannot be used any further."""
+
+
+def check_header(data: bytes | bytearray, at: int) -> tuple[int, int, int, int, int]:
+    """(kind, flags, sequence, call id, body length) of the header at `at`. Raises BadFrame."""
+    magic, kind, flags, sequence, call_id, length = unpack_header(data, at)
+    if magic != MAGIC or length > MAX_BODY:
+        raise BadFrame(f"a header that is none of ours ({bytes(data[at : at + HEADER_SIZE])!r})")
+    return kind, flags, sequence, call_id, length
+
+
+class TooLarge(MemoryError):
+    """There is no room here for the body of call `call_id`; the channel stays usable."""
+
+    def __init__(self, call_id: int, length: int) -> None:
+        super().__init__(f"no room for {length} bytes of arguments")
+        self.call_id = call_id
+
+
+class DriverChannel:
+    """The driver's end. `flush` belongs to who holds the group's lock, `receive` to the leader."""
+
+    __slots__ = (
+        "_chunks", "_going", "_last_sent", "_received", "_send_sequence", "eof", "fd",
+        "receive_sequence", "recv", "send", "sock", "wants_out",
+    )  # fmt: skip
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.recv = sock.recv
+        self.send = sock.send
+        self._chunks: list[bytes] = []
+        self._received = 0
+        self.eof = False
+        self.receive_sequence = 0
+        self.wants_out = False
+        self._send_sequence = 0
+        self._last_sent = -1
+        self._going: tuple[Call | None, bytes, bytes, list[int]] | None = None
+
+    # -- sending ------------------------------------------------------------------------------
+
+    def send_call(self, call: Call, flags: int, head: bytes, body: bytes) -> bool:
+        """Send what can be sent of `call` now; True once its last byte has left.
+
+        Call it again with the same call, once the socket takes bytes, until it says True.
+        Raises OSError where the other end is gone.
+        """
+        if call.id <= self._last_sent:
+            return True  # interrupted after the last byte, before the caller could note it
+        going = self._going
+        if going is None or going[0] is not call:
+            frame = pack_header(
+                MAGIC, call.kind, flags, self._send_sequence & SEQUENCE_MASK, call.id,
+                len(head) + len(body),
+            ) + head  # fmt: skip
+            if len(body) < JOIN_SIZE:
+                frame += body
+                body = b""
+            going = (call, frame, body, [])
+            self._going = going
+        _, frame, body, sent = going
+        total = len(frame) + len(body)
+        try:
+            while True:
+                done = sum(sent)
+                if done >= total:
+                    break
+                if done < len(frame):
+                    sent.extend(map(self.send, (frame if not done else frame[done:],)))
+                else:
+                    sent.extend(map(self.send, (memoryview(body)[done - len(frame) :],)))
+        except BlockingIOError:
+            return False
+        if self._going is going:  # else a handler's own call has already finished it
+            self._going = None
+            self._send_sequence += 1
+            self._last_sent = call.id
+        return True
+
+    def send_farewell(self, call: Call) -> None:
+        """Send `call`, which has no body, if the socket takes it now and no frame is on its way."""
+        if self._going is None:
+            try:
+                self.send_call(call, 0, b"", b"")
+            except OSError:
+                pass  # it has gone already
+
+    # -- receiving ----------------------------------------------------------------------------
+
+    def receive(self) -> bool:
+        """Take what the socket has, once. False: nothing there, or end of file (then `eof`)."""
+        chunks = self._chunks
+        self._received += 1  # before the bytes come: whoever joins chunks now must look again
+        try:
+            chunks.extend(map(self.recv, (RECEIVE_SIZE,)))
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.eof = True
+            return False
+        if not chunks[-1]:
+            self.eof = True
+            return False
+        return True
+
+    def frames(self) -> tuple[list[tuple[int, int, bytes, int]], bytes, int]:
+        """The whole frames among what was received: [(kind, call id, body, sequence)], data, used.
+
+        Takes nothing: calling it again gives the same frames until `consume(data, used)`.
+        """
+        found: list[tuple[int, int, bytes, int]] = []
+        chunks = self._chunks
+        received = self._received
+        if len(chunks) > 1:
+            first = next((chunk for chunk in chunks if chunk), b"")
+            if len(first) >= HEADER_SIZE:
+                length = check_header(first, 0)[4]
+                if sum(map(len, chunks)) < HEADER_SIZE + length:
+                    return found, b"", 0  # joining a large frame at each step would be quadratic
+            joined = b"".join(chunks)
+            if self._received == received:  # else a handler's own call has received meanwhile
+                chunks[:] = (joined,)
+        data = chunks[0] if chunks else b""
+        at = 0
+        size = len(data)
+        while size - at >= HEADER_SIZE:
+            kind, _, sequence, call_id, length = check_header(data, at)
+            end = at + HEADER_SIZE + length
+            if end > size:
+                break
+            found.append((kind, call_id, data[at + HEADER_SIZE : end], sequence))
+            at = end
+        return found, data, at
+
+    def consume(self, data: bytes, used: int) -> None:
+        """The first `used` bytes of `data`, both as `frames` gave them, have been dealt with."""
+        chunks = self._chunks
+        rest = data[used:]
+        kept = (rest,) if rest else ()
+        if chunks and chunks[0] is data:  # else a handler's own call has already taken them
+            chunks[:1] = kept
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class WorkerChannel:
+    """The worker's end: one thread receives, runs and answers; it may block."""
+
+    __slots__ = ("_data", "_poll", "_recv", "_recv_into", "_sent", "_sequence", "_sock", "spin")
+
+    def __init__(self, sock: socket.socket, spin: float) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._recv = sock.recv
+        self._recv_into = sock.recv_into
+        self._data = b""
+        self._sequence = 0
+        self._sent = 0
+        self._poll = select.poll()
+        self._poll.register(sock.fileno(), select.POLLIN)
+        self.spin = spin
+
+    def receive(self) -> tuple[int, int, int, bytes | bytearray] | None:
+        """(kind, flags, call id, body) of the next frame; None at end of file.
+
+        Polls for `spin` seconds, then sleeps in the kernel. Raises BadFrame, and TooLarge for a
+        body that there is no room for (which was skipped).
+        """
+        data = self._data
+        while len(data) < HEADER_SIZE:
+            more = self._wait()
+            if not more:
+                return None
+            data = data + more if data else more
+        kind, flags, sequence, call_id, length = check_header(data, 0)
+        if sequence != self._sequence & SEQUENCE_MASK:
+            raise BadFrame(f"frame {sequence} came where {self._sequence} was due")
+        self._sequence += 1
+        end = HEADER_SIZE + length
+        if len(data) >= end:
+            self._data = data[end:]
+            return kind, flags, call_id, data[HEADER_SIZE:end]
+        body = self._receive_body(call_id, data[HEADER_SIZE:], length)
+        self._data = b""
+        return None if body is None else (kind, flags, call_id, body)
+
+    def _receive_body(self, call_id: int, first: bytes, length: int) -> bytearray | None:
+        try:
+            body = bytearray(length)
+        except MemoryError:
+            self._data = b""
+            skipped = len(first)
+            while skipped < length:
+                more = self._wait(min(RECEIVE_SIZE, length - skipped))
+                if not more:
+                    return None
+                skipped += len(more)
+            raise TooLarge(call_id, length) from None
+        body[: len(first)] = first
+        at = len(first)
+        with memoryview(body) as view:
+            while at < length:
+                try:
+                    count = self._recv_into(view[at:])
+                except BlockingIOError:
+                    self._poll.poll()
+                    continue
+                except OSError:
+                    count = 0
+                if not count:
+                    return None
+                at += count
+        return body
+
+    def _wait(self, size: int = RECEIVE_SIZE) -> bytes:
+        recv = self._recv
+        try:
+            return recv(size)
+        except BlockingIOError:
+            pass
+        except OSError:
+            return b""
+        until = clock() + self.spin
+        while True:
+            if clock() < until:
+                os.sched_yield()
+            else:
+                self._poll.poll()
+            try:
+                return recv(size)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return b""
+
+    def reply(self, kind: int, call_id: int, body: bytes) -> None:
+        """Answer; waits for as long as the driver does not read. Silent where it is gone."""
+        header = pack_header(MAGIC, kind, 0, self._sent & SEQUENCE_MASK, call_id, len(body))
+        self._sent += 1
+        parts = (header + body,) if len(body) < JOIN_SIZE else (header, body)
+        for part in parts:
+            self._send_all(part)
+
+    def _send_all(self, part: bytes) -> None:
+        send = self._sock.send
+        try:
+            done = send(part)
+        except BlockingIOError:
+            done = 0
+        except OSError:
+            return
+        if done == len(part):
+            return
+        room = select.poll()
+        room.register(self._sock.fileno(), select.POLLOUT)
+        with memoryview(part) as view:
+            while done < len(part):
+                try:
+                    done += send(view[done:])
+                except BlockingIOError:
+                    room.poll()
+                except OSError:
+                    return

@@ -1,0 +1,251 @@
+"""Objects to bytes and back.
+
+    encode_call   > plain pickle          most calls: a method's name, numbers, short strings
+    encode_result > _PlainPickler         whatever the receiver can import
+                  > ByValuePickler        what it cannot (`byvalue.py`, cloudpickle)
+      on failure  > culprit.find          SerializationError: args[0]['cfg'].lock cannot be pickled
+    loads         < all of them
+
+A class or function travels as its name where the receiver can import it, and as its definition
+("by value") where it cannot. Which of the two shows only in the middle of an object, so the plain
+pickler begins, gives up at the first definition, and the other one does the whole object again.
+
+Nothing here is kept from one message to the next, so any number of threads may be at it, and an
+exception out of a signal handler leaves nothing half done.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+
+# The C half of `pickle` alone: the Python half imports re, struct and enum, 5 to 10 ms at the start
+# of every worker. `types` and `copyreg` come with it anyway.
+from _pickle import Pickler, PicklingError
+from _pickle import dumps as _dumps
+from _pickle import loads as _loads
+from copyreg import dispatch_table
+from io import BytesIO
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+    from typing import Any, Final
+
+PROTOCOL: Final = 5
+
+# Objects of exactly these types hold nothing that the plain pickler could get wrong.
+_ATOMS: Final = frozenset({type(None), bool, int, float, str, bytes})
+# Longer containers are not looked into: it would take longer than the pickler it saves (0.7 us).
+_SHORT: Final = 8
+
+
+def encode_call(
+    method: str | Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+) -> bytes:
+    """The body of a call: the tuple `(method, args, kwargs)`, pickled.
+
+    Raises SerializationError, with the path to the culprit, whatever went wrong but for MemoryError
+    and what is not an `Exception`.
+    """
+    try:
+        if (
+            type(method) is str
+            and _all_plain(args)
+            and (not kwargs or (_all_plain(kwargs) and _all_plain(kwargs.values())))
+        ):
+            return _dumps((method, args, kwargs), PROTOCOL)
+        return dumps((method, args, kwargs))
+    except MemoryError:
+        raise
+    except Exception as error:
+        from rankwise.wire.culprit import explain
+
+        roots: dict[str, object] = {"method": method}
+        roots |= {f"args[{index}]": value for index, value in enumerate(args)}
+        roots |= {f"kwargs[{key!r}]": value for key, value in kwargs.items()}
+        raise explain("the arguments", roots, error) from error
+
+
+def encode_result(value: object) -> bytes:
+    """The body of a result: `value`, pickled. Raises as `encode_call`; the path is `result...`."""
+    try:
+        return _dumps(value, PROTOCOL) if _all_plain((value,)) else dumps(value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        from rankwise.wire.culprit import explain
+
+        raise explain("the result", {"result": value}, error) from error
+
+
+def loads(data: bytes | bytearray | memoryview) -> Any:
+    """The object that `data` was made from. Raises whatever its unpickling raises.
+
+    A class that came by value and is known here (made here, or met in an earlier message) is that
+    very class, as it is now: its definition in the message is passed over.
+    """
+    return _loads(data)
+
+
+def dumps(obj: object) -> bytes:
+    """`obj` as bytes, by name where the receiver can import it and by value where it cannot.
+
+    Raises whatever the pickling raises.
+    """
+    try:
+        return _dump(_PlainPickler, obj)
+    except (_Definition, PicklingError, TypeError):
+        pass  # a definition, or one of the kinds that only cloudpickle knows (modules, dict views)
+    from rankwise.wire.byvalue import ByValuePickler
+
+    return _dump(ByValuePickler, obj)
+
+
+def _dump(pickler: type[Pickler], obj: object) -> bytes:
+    file = BytesIO()
+    pickler(file, PROTOCOL).dump(obj)
+    return file.getvalue()
+
+
+def _all_plain(values: Collection[object]) -> bool:
+    """Whether plain pickle will do for each of these; False too where that takes long to tell."""
+    if _ATOMS.issuperset(map(type, values)):
+        return True
+    for value in values:
+        kind = type(value)
+        if kind in _ATOMS:
+            continue
+        if kind is tuple or kind is list:
+            inner: Collection[object] = value  # type: ignore[assignment]
+            if len(inner) > _SHORT or not _ATOMS.issuperset(map(type, inner)):
+                return False
+        elif kind is dict:
+            items: dict[object, object] = value  # type: ignore[assignment]
+            if (
+                len(items) > _SHORT
+                or not _ATOMS.issuperset(map(type, items))
+                or not _ATOMS.issuperset(map(type, items.values()))
+            ):
+                return False
+        else:
+            return False
+    return True
+
+
+class _Definition(Exception):
+    """The plain pickler has come to something that must travel as its definition."""
+
+
+class _PlainPickler(Pickler):
+    """The C pickler, which asks here about everything but the plain builtins."""
+
+    def reducer_override(self, obj: object) -> Any:
+        kind = type(obj)
+        if not issubclass(kind, _QUESTIONED) and kind.__name__ != "ndarray":
+            return NotImplemented  # nearly always; the rest costs 0.15 us more
+        if issubclass(kind, _NAMED) and travels_by_value(obj):
+            raise _Definition
+        return reduce_specially(obj)
+
+
+# By their type and not by isinstance: the __class__ of a proxy may claim anything.
+_NAMED: Final = (type, types.FunctionType, types.MethodType)
+_QUESTIONED: Final = (*_NAMED, BaseException)
+
+
+def travels_by_value(obj: Any) -> bool:
+    """Whether this class, function or bound method would not be found by its name elsewhere."""
+    found: Any
+    if type(obj) is types.MethodType:
+        # Pickled as (object, name), which leads nowhere from `self.__private` or one bound by hand.
+        found = getattr(obj.__self__, obj.__func__.__name__, None)
+        return type(found) is not types.MethodType or found != obj
+    if module_by_value(obj.__module__):
+        return True
+    found = sys.modules[obj.__module__]
+    for name in getattr(obj, "__qualname__", obj.__name__).split("."):
+        found = getattr(found, name, None)
+    return found is not obj
+
+
+def module_by_value(name: str) -> bool:
+    """Whether other processes cannot import the module of this name, or are not to.
+
+    So it is with the main module, with one without a file (made by `types.ModuleType`, `exec`, a
+    notebook), and with one given to `cloudpickle.register_pickle_by_value`, or a module below it.
+    """
+    module = sys.modules.get(name)
+    if module is None or name == "__main__" or name == "__mp_main__":
+        return True
+    cloudpickle = sys.modules.get("cloudpickle.cloudpickle")  # never imported for this question
+    registered = getattr(cloudpickle, "_PICKLE_BY_VALUE_MODULES", None)
+    if registered and any(parent in registered for parent in _self_and_parents(name)):
+        return True
+    if getattr(module, "__file__", None) is not None:
+        return False
+    origin = getattr(getattr(module, "__spec__", None), "origin", None)
+    if origin in ("built-in", "frozen") or hasattr(module, "__path__"):
+        return False
+    # Below a module with a file it is that one's work, and comes into being when that is imported:
+    # so it is with the submodules of extension modules (torch._C._nn), which have no file either.
+    return not any(
+        getattr(sys.modules.get(parent), "__file__", None) is not None
+        for parent in _self_and_parents(name)
+    )
+
+
+def _self_and_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def reduce_specially(obj: object) -> Any:
+    """What to pickle in place of `obj`, or NotImplemented where it knows best itself.
+
+    Two kinds do not. An array that is read-only here would be read-only there, but what is received
+    is the receiver's own. An exception would be made anew by calling its class with its `args`,
+    which fails, or doubles its message, where `__init__` takes something else than it passes on.
+    """
+    kind = type(obj)
+    if issubclass(kind, BaseException):
+        return _reduce_exception(obj)
+    if kind is getattr(sys.modules.get("numpy"), "ndarray", None):
+        array: Any = obj
+        return NotImplemented if array.flags.writeable else array.copy("K").__reduce_ex__(PROTOCOL)
+    return NotImplemented
+
+
+_CMethod = type(BaseException.__reduce__)
+_CInit = type(BaseException.__init__)
+_CNew = type(BaseException.__new__)
+
+
+def _reduce_exception(error: Any) -> Any:
+    kind: Any = type(error)
+    if (
+        type(kind.__init__) is not types.FunctionType
+        or type(kind.__new__) is not _CNew
+        or type(kind.__reduce__) is not _CMethod
+        or kind.__reduce_ex__ is not object.__reduce_ex__
+        or kind.__setstate__ is not BaseException.__setstate__
+        or kind in dispatch_table
+    ):
+        return NotImplemented  # no __init__ to get round, or the class has its own way to travel
+    made, args, *state = error.__reduce_ex__(PROTOCOL)
+    if made is not kind:
+        return NotImplemented
+    return _remake, (kind, *args), state[0] if state else None, None, None, _restore
+
+
+def _remake(kind: type[BaseException], *args: object) -> BaseException:
+    """An exception as its builtin base makes it, past every `__init__` written in Python."""
+    inits = (vars(base).get("__init__") for base in kind.__mro__)
+    error = kind.__new__(kind, *args)
+    next(init for init in inits if type(init) is _CInit)(error, *args)
+    return error
+
+
+def _restore(error: BaseException, state: Mapping[str, object]) -> None:
+    for name, value in state.items():
+        object.__setattr__(error, name, value)  # past the __setattr__ of a frozen dataclass
