@@ -5,6 +5,8 @@ It runs in the waiter's thread, never under a lock: it unpickles, which runs the
 
 from __future__ import annotations
 
+import signal
+
 from rankwise._calls import Broken, Call, Cancelled, Closed, Error, Expired, Garbled, Lost, Stuck
 from rankwise._messages import FAILED, OK
 from rankwise._outcome import failed_at, failure
@@ -114,51 +116,56 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
         case Stuck(call=call, failed=rank, missing=missing):
             first = failure(call.answers[rank][1], rank, engine.ranks.pid(rank), call.method)
             text = (
-                f"rank {rank} failed in {call.method}() ({type(first).__name__}: {first}) and "
+                f"{engine.name}: rank {rank} failed in {call.method}() ({type(first).__name__}: {first}) and "
                 f"{_ranks(missing)} had not left it {call.grace:g} s later (option grace)"
             )
         case Garbled(rank=at, reason=reason):
             where = "the launcher" if at < 0 else f"rank {at} (pid {engine.ranks.pid(at)})"
-            text = f"{where}: {reason}"
+            text = f"{engine.name}: {where}: {reason}"
             first = WorkerGroupError(text)
         case _:
             raise AssertionError(f"no words for {cause!r}")
     return GroupBroken(
-        f"{engine.name} is broken and takes no more calls: {text}. Make a new group.", first=first
+        f"{text}. {engine.name} is broken and takes no more calls: make a new group", first=first
     )
 
 
 def died(lost: Lost, engine: Engine) -> WorkerDied:
     """The WorkerDied for a rank that ended, with its exit report."""
     report = lost.report
-    pid = engine.ranks.pid(lost.rank)
+    where = " while idle" if lost.method is None else f" in {lost.method}() (call {lost.call_id})"
+    return WorkerDied(
+        describe_death(lost, engine, where),
+        rank=lost.rank,
+        pid=engine.ranks.pid(lost.rank),
+        exitcode=None if report is None else report.exitcode,
+        oom_killed=None if report is None else report.oom_killed,
+        method=lost.method,
+        call_id=lost.call_id,
+        log_tail="" if report is None else report.log_tail,
+        stack=None if report is None else report.stack,
+        peak_rss=None if report is None else report.peak_rss,
+    )
+
+
+def describe_death(lost: Lost, engine: Engine, where: str) -> str:
+    """One sentence: who died, how, where, and what it said last."""
+    report = lost.report
     exitcode = None if report is None else report.exitcode
-    parts = [f"rank {lost.rank} (pid {pid}) of {engine.name} {describe_exit(exitcode)}"]
+    parts = [f"{engine.name}: rank {lost.rank} (pid {engine.ranks.pid(lost.rank)}) "]
+    parts.append(describe_exit(exitcode))
     if report is not None and report.oom_killed:
         parts.append(" by the kernel, which ran out of memory")
         if report.peak_rss:
             parts.append(f" (it had {report.peak_rss / 2**30:.1f} GiB resident)")
-    parts.append(" while idle" if lost.method is None else f" in {lost.method}()")
-    if lost.call_id is not None:
-        parts.append(f", call {lost.call_id}")
+    parts.append(where)
     tail = "" if report is None else report.log_tail
     last = next((line.strip() for line in reversed(tail.splitlines()) if line.strip()), "")
     if last:
         parts.append(f"; its last line: {last[:200]!r}")
-    if exitcode == -7:
+    if exitcode == -signal.SIGBUS:
         parts.append("; SIGBUS often means that /dev/shm or another mapped file is full")
-    return WorkerDied(
-        "".join(parts),
-        rank=lost.rank,
-        pid=pid,
-        exitcode=exitcode,
-        oom_killed=None if report is None else report.oom_killed,
-        method=lost.method,
-        call_id=lost.call_id,
-        log_tail=tail,
-        stack=None if report is None else report.stack,
-        peak_rss=None if report is None else report.peak_rss,
-    )
+    return "".join(parts)
 
 
 def timeout_error(

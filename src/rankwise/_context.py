@@ -42,11 +42,12 @@ class CurrentCall:
 class Place:
     """Where some code runs: the rank's info, and the call that it is in."""
 
-    __slots__ = ("call", "info")
+    __slots__ = ("call", "info", "rank0")
 
     def __init__(self, info: RankInfo) -> None:
         self.info = info
         self.call: CurrentCall | None = None
+        self.rank0: memoryview | None = None  # rank 0's status page; None for a thread's rank
 
 
 _process: Place | None = None
@@ -64,7 +65,8 @@ def enter_thread(place: Place) -> None:
     _threads.place = place
 
 
-def _place() -> Place | None:
+def current_place() -> Place | None:
+    """The place of the code that runs; None outside a worker."""
     return getattr(_threads, "place", _process)
 
 
@@ -74,7 +76,7 @@ def worker_info() -> RankInfo:
 
     Raises RuntimeError outside a worker.
     """
-    place = _place()
+    place = current_place()
     if place is None:
         raise RuntimeError(
             "worker_info() was called outside a worker: only code that a WorkerGroup runs has a rank"
@@ -84,7 +86,7 @@ def worker_info() -> RankInfo:
 
 def current_call() -> CurrentCall:
     """The call that the worker is running. Raises RuntimeError where it runs none."""
-    place = _place()
+    place = current_place()
     if place is None or place.call is None:
         raise RuntimeError("current_call() was called outside a call of a WorkerGroup")
     return place.call

@@ -94,10 +94,10 @@ class Keeper:
                 pump.rouse_leader()
         now = clock()
         with pump.lock:
-            pump.ledger.expire(now)
+            expired = pump.ledger.expire(now)
         if not fds:
             self._look_for_lost()
-        if pump.ledger.settled:
+        if expired or pump.ledger.settled:
             pump.tell()
             pump.rouse_leader()
         engine.step(now)

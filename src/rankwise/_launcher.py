@@ -22,6 +22,7 @@ import select
 import sys
 import time
 from _socket import AF_UNIX, SOCK_STREAM, socket
+from contextlib import suppress
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
 from rankwise import _preload, _procfs, _spawn
@@ -42,7 +43,7 @@ from rankwise._messages import (
 )
 from rankwise._reaper import Reaper
 from rankwise._spawn import BecomeWorker, Child
-from rankwise.wire.control import ControlChannel, frame
+from rankwise.wire.control import ControlChannel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,9 +52,6 @@ if TYPE_CHECKING:
 else:
     import _signal
 
-LAUNCHER: Final = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from rankwise._launcher import main; main()"
-)
 # A driver that waits for the end hears this often that the launcher is alive.
 _DYING_EVERY: Final = 0.25
 _IN: Final = select.POLLIN
@@ -110,9 +108,7 @@ class Launcher:
             self._hear()  # what a launcher that has started anew was given
             while not self._finishing:
                 self._turn(None)
-                for fd in self._pipes.ready() if self._pipes else ():
-                    self._pipes.read(fd)
-                    self._turn(0)
+                self._read_logs()
             self._finish()
             status = 0
         except BecomeWorker:
@@ -124,7 +120,7 @@ class Launcher:
         try:
             # Nothing is left after _finish. After anything else, whatever it was, this is how it
             # ends: no error of ours may leave a rank behind.
-            self._reaper.end(lambda: time.sleep(0.005), silent=True)
+            self._reaper.end(lambda: time.sleep(0.01), silent=True)
         finally:
             # Not by way of atexit: what a preloaded module has registered is for the ranks.
             os._exit(status)
@@ -137,10 +133,9 @@ class Launcher:
         self._watch_children()
         _spawn.adopt_orphans()
         _spawn.name_process("rankwise")
-        try:
+        # Four descriptors a rank; where this is refused, the usual 1024 do for most groups.
+        with suppress(OSError, ValueError):
             setrlimit(RLIMIT_NOFILE, (self._nofile[1], self._nofile[1]))
-        except (OSError, ValueError):
-            pass  # four descriptors a rank: the usual 1024 are enough for most groups
 
     def _watch_children(self) -> None:
         _signal.signal(_signal.SIGCHLD, lambda number, frame: None)
@@ -160,6 +155,14 @@ class Launcher:
         if events.get(self._control.fileno(), 0) & ~select.POLLOUT:
             self._hear()
         self._flush()
+
+    def _read_logs(self) -> None:
+        if self._pipes is not None:
+            for fd in self._pipes.ready():
+                self._pipes.read(fd)
+                self._turn(0)
+                if self._finishing:
+                    break
 
     def _flush(self) -> None:
         if self._control.backlog:
@@ -227,12 +230,15 @@ class Launcher:
                 self._say(SpawnFailed(rank, str(error)))
             return False
         finally:
-            _preload.dismiss(sentry)
+            _preload.dismiss_sentry(sentry)
             self._watch_children()  # an imported module may have had other ideas
         refused = _preload.why_not_fork()
         self._say(Preloaded(clock() - began, refused))
         if refused is not None:
-            self._start_anew(launch, unheard)
+            self._flush_all()
+            launch.start_method = "spawn"
+            setrlimit(RLIMIT_NOFILE, self._nofile)
+            _preload.start_anew(self._control, self._driver, (launch, *unheard))
         after = dict(os.environ)
         launch.environments = [
             _preload.own_environment(rank, before, after) for rank in launch.environments
@@ -261,36 +267,12 @@ class Launcher:
             _signal.signal(_signal.SIGINT, _signal.default_int_handler)
         _preload.become(launch.name, rank, launch.environments[rank])
 
-    def _start_anew(self, launch: Launch, unheard: list[object]) -> NoReturn:
-        """Exec the launcher again, without what was imported, to spawn the ranks.
-
-        Foreign threads would not only make a fork unsafe: one of them may hold the GIL when the
-        driver dies.
-        """
-        self._flush_all()
-        launch.start_method = "spawn"
-        rest = os.memfd_create("rankwise-launch")
-        os.write(rest, b"".join(map(frame, (launch, *unheard))) + self._control.unheard())
-        kept = [self._control.fileno(), self._driver, launch.status_fd, *launch.worker_fds, rest]
-        for fd in map(int, os.listdir("/proc/self/fd")):
-            try:
-                os.set_inheritable(fd, fd in kept or fd <= 2)
-            except OSError:
-                pass  # the directory that was listed
-        setrlimit(RLIMIT_NOFILE, self._nofile)
-        python = launch.python[0]
-        numbers = [str(fd) for fd in (self._control.fileno(), self._driver, rest)]
-        os.execv(python, [python, "-I", "-S", "-c", LAUNCHER, launch.root, launch.name, *numbers])
-
     def _started(self, fd: int) -> None:
         """A rank has exec'ed, or tells why it has not."""
         child = self._starting.pop(fd)
         self._poll.unregister(fd)
         child.failure = -1
-        try:
-            reason = os.read(fd, 1 << 16).decode("utf-8", "replace")
-        except BlockingIOError:
-            reason = ""  # it has been killed before exec by somebody; a descendant... cannot be
+        reason = os.read(fd, 1 << 16).decode("utf-8", "replace")
         os.close(fd)
         if reason:
             self._say(SpawnFailed(child.rank, reason))
@@ -298,17 +280,17 @@ class Launcher:
     # -- ends ---------------------------------------------------------------------------------
 
     def _reap(self) -> None:
-        try:
-            while os.read(self._wake, 4096):
-                pass
-        except BlockingIOError:
-            pass
-        try:
+        self._clear_wake()
+        # When no child is left it is still the driver who says that this is the end.
+        with suppress(ChildProcessError):
             while self._reaper.reap():
                 self._flush()
                 self._look_for_driver()
-        except ChildProcessError:
-            pass  # no child is left; it is the driver who says when that is the end
+
+    def _clear_wake(self) -> None:
+        with suppress(BlockingIOError):
+            while os.read(self._wake, 4096):
+                pass
 
     def _last_words(self, child: Child) -> None:
         if child.failure >= 0:
@@ -330,6 +312,7 @@ class Launcher:
             raise DriverGone
 
     def _finish(self) -> None:
+        self._told_dying = clock()
         left = self._reaper.end(self._wait_for_ends)
         if self._pipes:
             self._pipes.finish()
@@ -343,10 +326,7 @@ class Launcher:
             self._say(Dying(tuple(child.rank for child in self._reaper.alive.values())))
         self._flush()
         select.select((self._wake,), (), (), 0.02)
-        try:
-            os.read(self._wake, 4096)
-        except BlockingIOError:
-            pass
+        self._clear_wake()
 
     def _flush_all(self) -> None:
         """Send all that is queued, however long the driver takes to read it, unless it ends."""

@@ -257,10 +257,11 @@ class Ledger:
         self._finish(call)
         self._end(call)
 
-    def expire(self, now: float) -> None:
-        """Let every timer run out that is due at `now`."""
+    def expire(self, now: float) -> bool:
+        """Let every timer run out that is due at `now`. Whether there was one."""
         self.mend()
         timers = self._timers
+        due = bool(timers) and timers[0][0] <= now
         while timers and timers[0][0] <= now:
             _, what, number = timers[0]
             if what == HANGUP:
@@ -271,6 +272,7 @@ class Ledger:
                 if call is not None:
                     self._due(call, what)
             heappop(timers)
+        return due
 
     def _due(self, call: Call, what: int) -> None:
         if what == BREAK:

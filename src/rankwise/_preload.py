@@ -13,15 +13,24 @@ from __future__ import annotations
 import os
 import select
 import sys
+from contextlib import suppress
 
 from rankwise import _procfs
 from rankwise._deadline import clock
+from rankwise._messages import Launch
 from rankwise._spawn import SIGKILL, name_process
+from rankwise.wire.control import frame
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any, Final
+    from typing import Any, Final, NoReturn
+
+    from rankwise.wire.control import ControlChannel
+
+LAUNCHER: Final = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from rankwise._launcher import main; main()"
+)
 
 # What a process that has opened one of these holds cannot be shared with a forked child.
 DEVICES: Final = ("/dev/nvidia", "/dev/kfd", "/dev/davinci")
@@ -71,7 +80,7 @@ def post_sentry(control: int, driver: int) -> int:
 
     While it imports, the launcher does not look; an import may take minutes, hold the GIL in C
     code or never return. All that the driver can have to say then is that it is over. Returns the
-    sentry's pid, for `dismiss`.
+    sentry's pid, for `dismiss_sentry`.
     """
     launcher = os.getpid()
     pid = os.fork()
@@ -91,12 +100,30 @@ def post_sentry(control: int, driver: int) -> int:
         os._exit(0)
 
 
-def dismiss(sentry: int) -> None:
-    os.kill(sentry, SIGKILL)
-    try:
+def dismiss_sentry(sentry: int) -> None:
+    # A preloaded module may ignore SIGCHLD, or have waited for any child.
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.kill(sentry, SIGKILL)
         os.waitpid(sentry, 0)
-    except ChildProcessError:
-        pass  # a preloaded module ignores SIGCHLD, or has waited for any child
+
+
+def start_anew(control: ControlChannel, driver: int, messages: tuple[object, ...]) -> NoReturn:
+    """Exec the launcher again, without what was imported, and with `messages` yet to be heard.
+
+    Foreign threads would not only make a fork unsafe: one of them may hold the GIL when the driver
+    dies. Parent, children, session and the role of subreaper outlive exec.
+    """
+    launch = messages[0]
+    assert isinstance(launch, Launch)
+    rest = os.memfd_create("rankwise-launch")
+    os.write(rest, b"".join(map(frame, messages)) + control.unheard())
+    kept = {control.fileno(), driver, launch.status_fd, *launch.worker_fds, rest, 0, 1, 2}
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # the directory that was listed
+            os.set_inheritable(fd, fd in kept)
+    python = launch.python[0]
+    numbers = map(str, (control.fileno(), driver, rest))
+    os.execv(python, [python, "-I", "-S", "-c", LAUNCHER, launch.root, launch.name, *numbers])
 
 
 def become(name: str, rank: int, environment: Mapping[str, str]) -> None:
@@ -152,7 +179,5 @@ def _kill_all_of(launcher: int) -> None:
     me = os.getpid()
     for pid in (*_procfs.descendants(launcher), launcher):
         if pid != me:
-            try:
+            with suppress(OSError):
                 os.kill(pid, SIGKILL)
-            except OSError:
-                pass

@@ -11,6 +11,7 @@ session or group it has made for itself; so "no child left" is "nothing left".
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from rankwise import _procfs
 from rankwise._deadline import clock
@@ -87,10 +88,8 @@ class Reaper:
         if number == SIGKILL:
             self._note_kill(chosen)
         for child in chosen:
-            try:
+            with suppress(OSError):  # no such signal; or it has ended: its report is on its way
                 os.killpg(child.pid, number)
-            except OSError:
-                pass  # no such signal; or it has ended: its report is on its way
 
     def end(self, wait: Callable[[], object], *, silent: bool = False) -> tuple[int, ...]:
         """SIGKILL every rank and descendant, and reap them. Returns the pids of those that the
@@ -160,26 +159,21 @@ def _rank_of(pid: int) -> str | None:
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with suppress(OSError):  # just forked and not in it yet, or it has moved to another
         os.killpg(pid, SIGKILL)
-    except OSError:
-        pass  # it has just been forked and is alone in no group yet, or has moved to another
     _kill(pid)
 
 
 def _kill_descendants() -> None:
-    try:
+    # Out of descriptors, of memory: the next round has what the dead have given back.
+    with suppress(OSError, MemoryError):
         for pid in _procfs.descendants(os.getpid()):
             _kill(pid)
-    except (OSError, MemoryError):
-        pass  # no descriptor, no memory: the next round has what the dead have given back
 
 
 def _kill(pid: int) -> None:
-    try:
+    with suppress(OSError):
         os.kill(pid, SIGKILL)
-    except OSError:
-        pass
 
 
 def _crash_report(child: Child) -> str | None:

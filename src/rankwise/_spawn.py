@@ -17,8 +17,11 @@ from __future__ import annotations
 import os
 import sys
 from _ctypes import call_function, dlopen, dlsym  # `ctypes` itself takes 2 ms
+from contextlib import suppress
 from fcntl import F_SETPIPE_SZ, fcntl
 from resource import RLIMIT_NOFILE, setrlimit
+
+from rankwise.logs.lines import Raw, Splitter, Tail
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,9 +33,9 @@ if TYPE_CHECKING:
 else:
     import _signal  # `signal` makes an enum of every number, which takes 4 ms
 
-from rankwise.logs.lines import Raw, Splitter, Tail
-
-BOOT: Final = "import sys; sys.path.insert(0, sys.argv[1]); from rankwise._worker import main; main()"
+BOOT: Final = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from rankwise._worker import main; main()"
+)
 
 SIGKILL: Final = int(_signal.SIGKILL)
 _SET_PDEATHSIG: Final = 1  # linux/prctl.h
@@ -44,8 +47,7 @@ _SET_CHILD_SUBREAPER: Final = 36
 _PIPE: Final = 1 << 20
 _ALL_PIPES: Final = 16 << 20
 
-_libc = dlopen(None, 0)
-_prctl = dlsym(_libc, "prctl")
+_prctl = dlsym(dlopen(None, 0), "prctl")  # type: ignore[arg-type]
 
 
 class BecomeWorker(BaseException):
@@ -118,11 +120,9 @@ def start(
     # Before the next fork: a forked sibling that held the far end of a call channel would hide
     # this rank's end of file from the driver.
     _close(*theirs, call)
-    try:
-        # Also done by the child. Whoever comes first: the group must exist before it is killed.
+    # Also done by the child. Whoever comes first: the group must exist before it is killed.
+    with suppress(OSError):  # it has done it and has exec'ed since, or is dead
         os.setpgid(pid, pid)
-    except OSError:
-        pass  # it has done it and has exec'ed since, or is dead
 
 
 def _be_the_rank(
@@ -151,7 +151,8 @@ def _be_the_rank(
         setrlimit(RLIMIT_NOFILE, nofile)
         if become is not None:
             step = "fork"
-            child.crash = -1  # the rest of what `child` has is the launcher's and is closed
+            child.crash = -1  # the rest of what `child` holds is the launcher's
+            child.close()
             become(child.rank)
             _close(*theirs)
         else:
@@ -212,10 +213,8 @@ def open_standard_descriptors() -> None:
 def flush_standard_streams() -> None:
     """What is buffered now would be written by every forked child again."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(AttributeError, OSError, ValueError):
             stream.flush()
-        except (AttributeError, OSError, ValueError):
-            pass
 
 
 def _close(*fds: int) -> None:
@@ -224,7 +223,5 @@ def _close(*fds: int) -> None:
 
 
 def _enlarge(pipe: int, world_size: int) -> None:
-    try:
+    with suppress(OSError):  # over the user's limit: it stays as it is
         fcntl(pipe, F_SETPIPE_SZ, min(_PIPE, _ALL_PIPES // (2 * world_size)))
-    except OSError:
-        pass  # over the user's limit: it stays as it is

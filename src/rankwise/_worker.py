@@ -212,6 +212,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
     page = StatusPage(rank + 1, status_fd)
 
     def prepare(place: _context.Place, settings: dict[str, object]) -> None:
+        place.rank0 = page.words(0)
         _context.enter_process(place)
         sys.path[:] = settings["sys_path"]  # type: ignore[call-overload]
         sys.argv[:] = settings["argv"]  # type: ignore[call-overload]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from _pickle import dumps
 
-from rankwise._answers import died
+from rankwise._answers import describe_death, died
 from rankwise._calls import Broken, Call, Closed, Expired, Garbled, Lost
 from rankwise._messages import BOOT, FAILED
 from rankwise._outcome import failed_at, failure
@@ -80,7 +80,9 @@ def startup_error(call: Call, engine: Engine, timed_out: bool, waited: float) ->
             death = died(error_kind, engine)
             phase = engine.ranks.phase(rank)
             error = StartupError(
-                f"{name}: {death} (phase {phase!r}, before the group was ready)",
+                describe_death(
+                    error_kind, engine, f" in phase {phase!r}, before the group was ready"
+                ),
                 rank=rank,
                 phase=phase,
                 exitcode=None if report is None else report.exitcode,

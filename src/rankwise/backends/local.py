@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from rankwise import _lifetime, _procfs
@@ -41,6 +41,7 @@ from rankwise._messages import (
 from rankwise._pump import Pump
 from rankwise._ranks import Ranks
 from rankwise.backends.launching import start_launcher
+from rankwise.errors import describe_exit
 from rankwise.logs.show import Printer
 
 TYPE_CHECKING = False
@@ -200,7 +201,10 @@ class LocalEngine:
         self.pump.outer.unregister(self.launcher_pidfd)
         self.kill_ranks()
         if not self._finishing:
-            self._break(Garbled(-1, f"its process (pid {self._launcher.pid}) ended: {reason}"))
+            _lifetime.wait_readable(self.launcher_pidfd, 0.1)  # its descriptors close before it ends
+            self._launcher.poll()
+            ended = describe_exit(self._launcher.returncode)
+            self._break(Garbled(-1, f"process {self._launcher.pid} {ended} ({reason})"))
         self._gone = True
         self._tell_news()
 
@@ -218,10 +222,8 @@ class LocalEngine:
             process = _procfs.stat(pid)
             if process is not None and process.starttime != self.ranks.starttimes[rank]:
                 continue  # the number has gone to somebody else
-            try:
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                pass
 
     # -- the ending of a broken group, and progress at start: the keeper's thread -------------
 
@@ -238,11 +240,13 @@ class LocalEngine:
             reports, ledger.reports = ledger.reports, type(ledger.reports)()
         for call, rank in reports:
             _lifetime.log_failure(call, rank)
+        if cause is not None:
+            self._report_failure(cause)
         if cause is None or self._gone or closing:
             return  # whoever closes does the ending
         if not self._end_at[0]:
             self._end_at = [now + BROKEN_TERM, now + BROKEN_TERM + TERM_GRACE]
-            self._begin_end(cause)
+            self._begin_end()
         term, kill = self._end_at
         alive = tuple(rank for rank in self.ranks.pids if rank not in self.ranks.reports)
         if not alive or now >= kill:
@@ -254,16 +258,17 @@ class LocalEngine:
         if self._finishing:
             self.next_step = None
 
-    def _begin_end(self, cause: Error) -> None:
+    def _begin_end(self) -> None:
         self.send_exits()
         self.pump.tell()
         self.pump.rouse_leader()
-        if self._on_failure is not None and not isinstance(cause, Closed) and not self.starting:
-            self.defer(partial(self._report_failure, self._on_failure, cause))
-        self._on_failure = None
 
-    def _report_failure(self, on_failure: Callable[[object], object], cause: Error) -> None:
-        on_failure(broken(cause, self))
+    def _report_failure(self, cause: Error) -> None:
+        """Have `on_failure` called, once, on the callback thread."""
+        with self.pump.lock:
+            on_failure, self._on_failure = self._on_failure, None
+        if on_failure is not None and not isinstance(cause, Closed) and not self.starting:
+            self.defer(lambda: on_failure(broken(cause, self)))
 
     def _log_phases(self, now: float) -> None:
         for rank in range(self.world_size):
@@ -311,7 +316,7 @@ class LocalEngine:
     # -- closing ------------------------------------------------------------------------------
 
     def close(self, timeout: float | None, *, drop: bool = False) -> None:
-        """See WorkerGroup.close. `drop`: without the queued calls, and with the cancel flags set."""
+        """See WorkerGroup.close. `drop`: without the queued calls, and the cancel flags set."""
         self.pump.check_entry()
         interrupted: BaseException | None = None
         until = deadline(timeout)
@@ -376,6 +381,9 @@ class LocalEngine:
     def _end_launcher(self) -> None:
         with self.pump.lock:
             self.pump.ledger.closing = True
+            cause = self.pump.ledger.broken
+        if cause is not None:
+            self._report_failure(cause)
         self._break(Closed())
         self.pump.tell()
         self.pump.rouse_leader()
@@ -388,10 +396,8 @@ class LocalEngine:
         self._launcher.wait()
 
     def _kill_launcher(self) -> None:
-        try:
+        with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.launcher_pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.kill_ranks()
 
     def _end_all(self) -> None:

@@ -12,14 +12,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Final, Protocol
-
-    class Feed(Protocol):
-        """What stands between a pipe and the relay."""
-
-        def feed(self, data: bytes) -> bytes: ...
-        def end(self) -> bytes: ...
-
+    from typing import Final
 
 TAIL: Final = 1 << 16
 # A line that has not ended after so many bytes is cut here: memory stays bounded, and with its
