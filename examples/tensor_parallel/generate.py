@@ -41,27 +41,37 @@ QUIET = {
 }
 
 
+# Forked from a launcher that has imported these once. transformers is a lazy package, and its
+# `modeling_utils` the heavy part of it.
+START: dict[str, Any] = {
+    "name": "shard",
+    "start_method": "forkserver",
+    "preload": ("torch", "transformers.modeling_utils"),
+}
+
+
 class Shard:
     """One rank's part of the model, and the cache of the text that all ranks are writing."""
 
-    def __init__(self, path: str) -> None:
-        """Load this rank's part of the checkpoint in `path`; ValueError says why it cannot be."""
-        began = time.perf_counter()
+    def __init__(self, path: str, began: float) -> None:
+        """Load this rank's part of the checkpoint in `path`; ValueError says why it cannot be.
+
+        `began` is when the driver started the group: all processes share the monotonic clock.
+        """
         import torch
-        import transformers.modeling_utils  # a lazy package: this is its heavy part
+        import transformers
 
         import rankwise.torch
 
         began = report(f"torch {torch.__version__}, transformers {transformers.__version__}", began)
         rankwise.torch.init_process_group()
-        began = report(f"process group ({torch.distributed.get_backend()})", began)
+        began = report(f"process group, {torch.distributed.get_backend()}", began)
         self.model: Any = load(path)
-        if torch.cuda.is_available():
-            self.model.to(torch.device("cuda", worker_info().local_rank))
+        self.model.to(rankwise.torch.device())  # one rank alone is loaded on the CPU
         whole = self.model.num_parameters()
         parts = (p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters())
         part = sum(tensor.numel() for tensor in parts)
-        report(f"weights ({part:,} of {whole:,} on this rank)", began)
+        report(f"{part:,} of {whole:,} weights", began)
 
     def __enter__(self) -> Shard:
         return self
@@ -135,9 +145,9 @@ def load(path: str) -> Any:
 
 def report(phase: str, began: float) -> float:
     """Print on rank 0 how long a phase took; returns the time now."""
-    now = time.perf_counter()
+    now = time.monotonic()
     if worker_info().rank == 0:
-        print(f"{phase:<60} {now - began:6.2f} s", flush=True)
+        print(f"{phase:<44} {now - began:6.2f} s", flush=True)
     return now
 
 
@@ -229,35 +239,40 @@ def run(options: argparse.Namespace) -> None:
     check(config, prompt, options.world_size, options.max_new_tokens)
     eos = config.get("eos_token_id")
     stop = set(eos if isinstance(eos, list) else [eos])
-    limit = options.max_new_tokens
-    start = {"args": (str(options.model),), "name": "shard"} | placement(options.world_size)
+    where = placement(options.world_size)
 
-    began = time.perf_counter()
-    print(f"starting {options.world_size} processes", flush=True)
-    with WorkerGroup(Shard, options.world_size, **start) as group:
-        print(f"ready after {time.perf_counter() - began:.2f} s\n\n{options.prompt}", end="")
-        text = DecodeStream(skip_special_tokens=True)
-        tokens, times = [], []
-        for token in decode(group, prompt, limit, stop):
-            tokens.append(token)
-            times.append(time.perf_counter())
-            print(text.step(tokenizer, token) or "", end="", flush=True)
-    print(f"\n\n{len(tokens)} tokens, {rate(times)} tokens a second on {options.world_size} ranks")
+    def tokens_of(world_size: int) -> Iterator[int]:
+        """Start so many ranks, let them write, end them."""
+        began = time.monotonic()
+        print(f"starting {world_size} {'ranks' if world_size > 1 else 'rank'}", flush=True)
+        args = (str(options.model), began)
+        with WorkerGroup(Shard, world_size, args=args, **START, **where) as group:
+            print(f"ready after {time.monotonic() - began:.2f} s\n", flush=True)
+            yield from decode(group, prompt, options.max_new_tokens, stop)
+
+    tokens, times = [], []
+    text = DecodeStream(skip_special_tokens=True)
+    for token in tokens_of(options.world_size):
+        times.append(time.monotonic())
+        if not tokens:
+            print(options.prompt, end="")
+        tokens.append(token)
+        print(text.step(tokenizer, token) or "", end="", flush=True)
+    print(f"\n\n{len(tokens)} tokens, {rate(times)}\n")
 
     if options.world_size > 1:
-        print("\nthe same with one process", flush=True)
-        with WorkerGroup(Shard, 1, **start) as group:
-            pairs = [(token, time.perf_counter()) for token in decode(group, prompt, limit, stop)]
-        alone, times = [token for token, _ in pairs], [when for _, when in pairs]
-        if alone != tokens:
+        pairs = [(token, time.monotonic()) for token in tokens_of(1)]
+        if (alone := [token for token, _ in pairs]) != tokens:
             same = next(i for i, pair in enumerate(zip(alone, tokens)) if pair[0] != pair[1])
-            sys.exit(f"generate.py: one process writes another token after {same} equal ones")
-        print(f"the same {len(tokens)} tokens, {rate(times)} tokens a second")
+            sys.exit(f"generate.py: one rank alone writes another token after {same} equal ones")
+        print(f"the same {len(tokens)} tokens, {rate([when for _, when in pairs])}")
 
 
 def rate(times: list[float]) -> str:
-    """Tokens a second after the first, whose time is the prompt's."""
-    return f"{(len(times) - 1) / (times[-1] - times[0]):.1f}" if times[1:] else "-"
+    """The tokens after the first, whose time is the prompt's, a second."""
+    if len(times) < 2:
+        return "too few to tell the rate"
+    return f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens a second"
 
 
 parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

@@ -10,6 +10,7 @@ import ast
 import inspect
 import math
 import random
+import re
 import sys
 import sysconfig
 import time
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -25,14 +27,16 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils import logging
 
 SEED = 20
-THREADS = 2
+THREADS = 1
 VOCABULARY = 2048
 CONTEXT = 256
 BATCH = 8
-STEPS = 9000
+STEPS = 4000
 WARM_UP = 100
 PEAK_LEARNING_RATE = 5e-3
 BOS, EOS = "<s>", "</s>"
+
+COMMENTS = re.compile(r"(?:^[ \t]*#(?: .*)?\n){2,}", re.MULTILINE)
 
 # Not on every installation (Linux distributions ship some of these apart, newer Pythons have
 # dropped others), or mostly short notes to the package's own maintainers.
@@ -42,14 +46,17 @@ LEFT_OUT = {
 }
 
 
-def source_docstrings(root: Path) -> Iterator[str]:
-    """The docstrings of all modules, classes and functions below `root`, in the files' order."""
+def docstrings_and_comments(root: Path) -> Iterator[str]:
+    """The docstrings and the blocks of comments below `root`, in the files' order."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for path in sorted(root.rglob("*.py")):
         if LEFT_OUT.intersection(path.relative_to(root).parts):
             continue
+        source = path.read_text(encoding="utf-8", errors="replace")
+        for block in COMMENTS.findall(source):
+            yield "\n".join(line.strip()[1:].removeprefix(" ") for line in block.splitlines())
         try:
-            tree = ast.parse(path.read_bytes())
+            tree = ast.parse(source)
         except (SyntaxError, ValueError):
             continue
         for node in ast.walk(tree):
@@ -67,13 +74,19 @@ def builtin_docstrings() -> Iterator[str]:
                 yield from (inspect.getdoc(member) or "" for member in vars(value).values())
 
 
+def prose(text: str) -> str:
+    """`text` without its interactive examples: few parameters, and English is what they are for."""
+    return "\n\n".join(part for part in text.strip().split("\n\n") if ">>>" not in part)
+
+
 def corpus() -> list[str]:
-    """Every docstring once, none shorter than a short sentence, in an order that SEED decides."""
-    root = Path(sysconfig.get_path("stdlib"))
-    texts = [text.strip() for text in [*source_docstrings(root), *builtin_docstrings()]]
-    texts = [text for text in dict.fromkeys(texts) if len(text) >= 40 and text.isascii()]
-    random.Random(SEED).shuffle(texts)
-    return texts
+    """Every text once, none shorter than a short sentence, in an order that SEED decides."""
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    found = [*docstrings_and_comments(stdlib), *builtin_docstrings(), *topics.values()]
+    texts = dict.fromkeys(prose(text) for text in found)
+    kept = [text for text in texts if len(text) >= 40 and text.isascii()]
+    random.Random(SEED).shuffle(kept)
+    return kept
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -207,7 +220,7 @@ def main() -> None:
     tokenizer = train_tokenizer(seen)
     model = make_model(tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS))
     ids = token_stream(tokenizer, seen)
-    print(f"{len(seen)} docstrings, {sum(map(len, seen))} characters, {len(ids)} tokens")
+    print(f"{len(seen)} texts, {sum(map(len, seen))} characters, {len(ids)} tokens")
     print(f"{model.num_parameters()} parameters, {options.steps * BATCH * CONTEXT} tokens to see")
 
     loss = train(model, ids, options.steps)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 
 from rankwise._calls import Broken, Call, Cancelled, Closed, Error, Expired, Garbled, Lost, Stuck
+from rankwise._interrupts import is_interrupt
 from rankwise._messages import FAILED, OK
 from rankwise._outcome import failed_at, failure
 from rankwise.errors import (
@@ -59,9 +60,11 @@ def _value(
     try:
         return codec.loads(body)
     except Exception as reason:
+        if is_interrupt(reason):
+            raise
         error = RemoteError(
-            f"the result of rank {rank} (pid {engine.ranks.pid(rank)}) in {call.method} could not be "
-            f"rebuilt in the driver: {type(reason).__name__}: {reason}",
+            f"the result of rank {rank} (pid {engine.ranks.pid(rank)}) in {call.method} could not "
+            f"be rebuilt in the driver: {type(reason).__name__}: {reason}",
             rank=rank,
             pid=engine.ranks.pid(rank),
             method=call.method,
@@ -95,7 +98,11 @@ def explain(
             assert call is not None
             return timeout_error(call, engine, "its deadline passed", missing)
         case Closed():
-            what = "the group is closed" if call is None else f"the group was closed before {call.method}() was answered"
+            what = (
+                "the group is closed"
+                if call is None
+                else f"the group was closed before {call.method}() was answered"
+            )
             return GroupClosed(f"{engine.name}: {what}")
         case Cancelled():
             return WorkerGroupError(f"{engine.name}: the call was cancelled")
@@ -116,7 +123,8 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
         case Stuck(call=call, failed=rank, missing=missing):
             first = failure(call.answers[rank][1], rank, engine.ranks.pid(rank), call.method)
             text = (
-                f"{engine.name}: rank {rank} failed in {call.method}() ({type(first).__name__}: {first}) and "
+                f"{engine.name}: rank {rank} failed in {call.method}() "
+                f"({type(first).__name__}: {first}) and "
                 f"{_ranks(missing)} had not left it {call.grace:g} s later (option grace)"
             )
         case Garbled(rank=at, reason=reason):

@@ -1,4 +1,4 @@
-"""A call, and the reasons why one may end without its answers. Plain data; the ledger changes it."""
+"""A call, and the reasons why one may end without its answers: plain data, kept by the ledger."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Call:
 
     __slots__ = (
         "answers", "begun", "bodies", "body", "break_at", "deadline", "done", "dropped", "ended",
-        "error", "future", "grace", "id", "kind", "led", "method", "on_error", "ranks", "reply_from",
-        "return_exceptions", "shape", "watchers",
+        "error", "future", "grace", "id", "kind", "led", "method", "on_error", "ranks",
+        "reply_from", "return_exceptions", "shape", "watchers",
     )  # fmt: skip
 
     def __init__(

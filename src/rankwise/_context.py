@@ -42,12 +42,16 @@ class CurrentCall:
 class Place:
     """Where some code runs: the rank's info, and the call that it is in."""
 
-    __slots__ = ("call", "info", "rank0")
+    __slots__ = ("call", "forked", "info", "rank0")
 
     def __init__(self, info: RankInfo) -> None:
         self.info = info
         self.call: CurrentCall | None = None
         self.rank0: memoryview | None = None  # rank 0's status page; None for a thread's rank
+        self.forked = False  # this is a child that the worker forked
+
+    def leave(self) -> None:
+        self.forked = True
 
 
 _process: Place | None = None
@@ -79,7 +83,7 @@ def worker_info() -> RankInfo:
     place = current_place()
     if place is None:
         raise RuntimeError(
-            "worker_info() was called outside a worker: only code that a WorkerGroup runs has a rank"
+            "worker_info() was called outside a worker: only what a WorkerGroup runs has a rank"
         )
     return place.info
 

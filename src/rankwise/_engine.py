@@ -12,16 +12,18 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable, Generator
-    from typing import Protocol
+    from typing import Any, Protocol
 
     from rankwise._calls import Call, Error
     from rankwise._future import GroupFuture
     from rankwise._rankinfo import RankInfo
     from rankwise._ranks import Ranks
+    from rankwise._spec import GroupSpec
 
     class Engine(Protocol):
         """The running ranks of one group."""
 
+        spec: GroupSpec
         name: str
         world_size: int
         ranks: Ranks
@@ -51,13 +53,13 @@ if TYPE_CHECKING:
         def cancel(self, call: Call) -> bool:
             """Drop `call` if no byte of it was sent (True), else tell the ranks (False)."""
 
-        def watch(self, future: GroupFuture[object]) -> None:
+        def watch(self, future: GroupFuture[Any]) -> None:
             """Somebody who does not wait in `result` wants to hear of `future`."""
 
         def defer(self, job: Callable[[], object]) -> None:
             """Run `job` on the group's callback thread."""
 
-        def unfetched(self, future: GroupFuture[object]) -> None:
+        def unfetched(self, future: GroupFuture[Any]) -> None:
             """`future` failed and is gone without anybody having asked for its outcome."""
 
         def refusal(self) -> Error | None:
@@ -68,6 +70,12 @@ if TYPE_CHECKING:
 
         def abandon(self) -> bool:
             """The group was collected; False where it had ended."""
+
+        def break_calls(self) -> None:
+            """Settle every open call: the interpreter is about to exit."""
+
+        def become_inert(self, owner: int) -> None:
+            """This is a forked child's copy: close its descriptors, touch nothing else."""
 
         def close(self, timeout: float | None, *, drop: bool = False) -> None:
             """End in order; `drop`: without what is queued, and with the cancel flags set."""

@@ -6,9 +6,9 @@
     wait, as_completed
 
 The call is the truth; this object is a view of it. `done` follows from the call, and the value is
-decoded once, by the first who asks for it, in that one's thread. The parts of the standard library's
-Future that only some need (its condition, its waiters) are made when they are first touched: that
-halves what a future costs.
+decoded once, by the first who asks for it, in that one's thread. The parts of the standard
+library's Future that only some need (its condition, its waiters) are made when they are first
+touched: that halves what a future costs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import TypeVar
 from rankwise._answers import take, timeout_error
 from rankwise._calls import Call, Cancelled
 from rankwise._deadline import check_timeout, deadline
+from rankwise._interrupts import is_interrupt
 from rankwise._messages import FAILED
 
 TYPE_CHECKING = False
@@ -66,7 +67,7 @@ class GroupFuture(Future[T]):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
-    def _state(self) -> str:  # read by concurrent.futures.wait, as_completed and repr
+    def _state(self) -> str:  # type: ignore[override]  # read by concurrent.futures.wait, as_completed and repr
         call = self._call
         if not call.done:
             return RUNNING if call.begun else PENDING
@@ -78,7 +79,9 @@ class GroupFuture(Future[T]):
         return self._call.shape
 
     def __repr__(self) -> str:
-        return f"<GroupFuture of {self._call.method}() on {self._engine.name}: {self._state.lower()}>"
+        return (
+            f"<GroupFuture of {self._call.method}() on {self._engine.name}: {self._state.lower()}>"
+        )
 
     def done(self) -> bool:
         return self._call.done
@@ -143,6 +146,8 @@ class GroupFuture(Future[T]):
             try:
                 self._value = take(self._call, self._engine)
             except Exception as error:
+                if is_interrupt(error):
+                    raise  # nothing is decoded yet: the next who asks does it again
                 self._error = error
             self._decoded = True
             self._call.answers = dict.fromkeys(self._call.answers, (0, b""))

@@ -1,8 +1,8 @@
 """WorkerGroup and its views: the verbs of a user. It wires the parts and decides nothing.
 
-    group.call(f, x) > View._call: resolve, encode > Engine.run > take > value
-    group.submit     > View._call                  > Engine.submit > GroupFuture
-    group[2:6], group.options(...) > another View of the same engine
+group.call(f, x) > View._call: resolve, encode > Engine.run > take > value
+group.submit     > View._call                  > Engine.submit > GroupFuture
+group[2:6], group.options(...) > another View of the same engine
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ class WorkerGroup(ManyView):
             spin=spin,
             backend=backend,
         )
-        engine, boot = launch(spec)
         try:
+            engine, boot = launch(spec)
             in_time = engine.wait(boot, deadline(spec.start_timeout))
         except BaseException:
-            engine.kill()
+            _lifetime.kill_started(spec)
             raise
         self._adopt(spec, engine, boot, not in_time)
 
@@ -145,8 +145,8 @@ class WorkerGroup(ManyView):
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a WorkerGroup cannot be pickled: it belongs to the process that made it. Pass results, "
-            "or make a group where it is needed"
+            "a WorkerGroup cannot be pickled: it belongs to the process that made it. Pass "
+            "results, or make a group where it is needed"
         )
 
     @property

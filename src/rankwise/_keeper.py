@@ -88,10 +88,10 @@ class Keeper:
             pump.mend()
         if engine.control_fd in fds or engine.launcher_pidfd in fds:
             engine.hear()
-        if pump.sockets.deaths or pump.ready_fd in fds or not fds:
-            if not pump.lead_once():
-                pump.disarm()
-                pump.rouse_leader()
+        look = pump.sockets.deaths or pump.ready_fd in fds or not fds
+        if look and not pump.lead_once():
+            pump.disarm()
+            pump.rouse_leader()
         now = clock()
         with pump.lock:
             expired = pump.ledger.expire(now)
@@ -103,7 +103,7 @@ class Keeper:
         engine.step(now)
 
     def _look_for_lost(self) -> None:
-        """A rank that is idle while it owes an answer, at two looks in a row, will never give it."""
+        """A rank that is idle while it owes an answer, at two looks in a row, will not give it."""
         pump = self._pump
         ranks = self._engine.ranks
         suspects: dict[int, int] = {}

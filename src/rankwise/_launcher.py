@@ -23,7 +23,6 @@ import sys
 import time
 from _socket import AF_UNIX, SOCK_STREAM, socket
 from contextlib import suppress
-from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
 from rankwise import _preload, _procfs, _spawn
 from rankwise._deadline import clock
@@ -41,16 +40,13 @@ from rankwise._messages import (
     Spawned,
     SpawnFailed,
 )
-from rankwise._reaper import Reaper
+from rankwise._reaper import ChildSignal, Reaper
 from rankwise._spawn import BecomeWorker, Child
 from rankwise.wire.control import ControlChannel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import signal as _signal
-    from typing import Final, NoReturn
-else:
-    import _signal
+    from typing import Any, Final, NoReturn
 
 # A driver that waits for the end hears this often that the launcher is alive.
 _DYING_EVERY: Final = 0.25
@@ -90,56 +86,40 @@ class Launcher:
         self._control = control
         self._driver = driver
         self._reaper = Reaper(self._last_words, self._ended)
-        self._pipes: LogPipes | None = None
+        self._pipes = LogPipes(self._output)
         self._starting: dict[int, Child] = {}  # by the descriptor that tells of exec
         self._children: list[Child] = []
         self._finishing = False
-        self._nofile = getrlimit(RLIMIT_NOFILE)
-        self._wake, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._poll = select.poll()
-        for fd in (self._control.fileno(), self._driver, self._wake):
-            self._poll.register(fd, _IN)
+        self._nofile = _spawn.prepare_parent()
+        self._wake = ChildSignal()
+        self._poll = _poll_of(self._control, self._driver, self._wake, self._pipes)
+        # Not select.select, here or below: it takes no descriptor above 1023, and the driver that
+        # has given us these may have many.
+        self._driver_poll = _poll_of(self._driver)
         self._told_dying = 0.0
 
     def run(self) -> NoReturn:
-        status = 1
+        error = None
         try:
-            self._prepare()
+            self._wake.arm()
             self._hear()  # what a launcher that has started anew was given
             while not self._finishing:
                 self._turn(None)
                 self._read_logs()
             self._finish()
-            status = 0
         except BecomeWorker:
             raise
-        except DriverGone:
-            pass
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
+        except BaseException as reason:
+            error = reason
         try:
-            # Nothing is left after _finish. After anything else, whatever it was, this is how it
+            # After _finish nothing is left. After anything else, whatever it was, this is how it
             # ends: no error of ours may leave a rank behind.
             self._reaper.end(lambda: time.sleep(0.01), silent=True)
+            if error is not None and not isinstance(error, DriverGone):
+                sys.excepthook(type(error), error, error.__traceback__)
         finally:
             # Not by way of atexit: what a preloaded module has registered is for the ranks.
-            os._exit(status)
-
-    def _prepare(self) -> None:
-        # The mask, and what is ignored, came from whichever thread of the driver started us. With
-        # SIGCHLD ignored the kernel would reap the ranks itself and tell nobody how they ended.
-        _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
-        _spawn.default_signals(keep=(_signal.SIGPIPE, _signal.SIGXFSZ))
-        self._watch_children()
-        _spawn.adopt_orphans()
-        _spawn.name_process("rankwise")
-        # Four descriptors a rank; where this is refused, the usual 1024 do for most groups.
-        with suppress(OSError, ValueError):
-            setrlimit(RLIMIT_NOFILE, (self._nofile[1], self._nofile[1]))
-
-    def _watch_children(self) -> None:
-        _signal.signal(_signal.SIGCHLD, lambda number, frame: None)
-        _signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+            os._exit(error is not None)
 
     # -- one turn -----------------------------------------------------------------------------
 
@@ -148,7 +128,7 @@ class Launcher:
         events = dict(self._poll.poll(timeout))
         if self._driver in events:
             raise DriverGone
-        if self._wake in events:
+        if self._wake.fileno() in events:
             self._reap()
         for fd in events.keys() & self._starting.keys():
             self._started(fd)
@@ -157,12 +137,11 @@ class Launcher:
         self._flush()
 
     def _read_logs(self) -> None:
-        if self._pipes is not None:
-            for fd in self._pipes.ready():
-                self._pipes.read(fd)
-                self._turn(0)
-                if self._finishing:
-                    break
+        for fd in self._pipes.ready():
+            self._pipes.read(fd)
+            self._turn(0)
+            if self._finishing:
+                break
 
     def _flush(self) -> None:
         if self._control.backlog:
@@ -184,7 +163,7 @@ class Launcher:
                 self._launch(message, messages)
             elif isinstance(message, Signal):
                 self._reaper.signal(message.ranks, message.number)
-            elif isinstance(message, Shown) and self._pipes:
+            elif isinstance(message, Shown):
                 self._pipes.acknowledged(message.nbytes)
             elif isinstance(message, Finish):
                 self._finishing = True
@@ -194,8 +173,7 @@ class Launcher:
     def _launch(self, launch: Launch, unheard: list[object]) -> None:
         for fd in (*launch.worker_fds, launch.status_fd):
             os.set_inheritable(fd, False)
-        self._pipes = LogPipes(launch.name, launch.mode, launch.color, self._output)
-        self._poll.register(self._pipes.fileno(), _IN)
+        self._pipes.begin(launch)
         forks = launch.start_method == "forkserver"
         if forks and not self._preload(launch, unheard):
             return
@@ -219,30 +197,20 @@ class Launcher:
 
     def _preload(self, launch: Launch, unheard: list[object]) -> bool:
         """Import what is to be shared. False if no rank is to be started from here."""
-        before = dict(os.environ)
-        sentry = _preload.post_sentry(self._control.fileno(), self._driver)
-        began = clock()
         try:
-            _preload.preload(launch.preload, launch.sys_path)
+            seconds, refused = _preload.share(launch, self._control.fileno(), self._driver)
         except _preload.PreloadFailed as error:
             for rank, fd in enumerate(launch.worker_fds):
                 os.close(fd)
                 self._say(SpawnFailed(rank, str(error)))
             return False
         finally:
-            _preload.dismiss_sentry(sentry)
-            self._watch_children()  # an imported module may have had other ideas
-        refused = _preload.why_not_fork()
-        self._say(Preloaded(clock() - began, refused))
+            self._wake.arm()  # an imported module may have had other ideas
+        self._say(Preloaded(seconds, refused))
         if refused is not None:
             self._flush_all()
-            launch.start_method = "spawn"
-            setrlimit(RLIMIT_NOFILE, self._nofile)
-            _preload.start_anew(self._control, self._driver, (launch, *unheard))
-        after = dict(os.environ)
-        launch.environments = [
-            _preload.own_environment(rank, before, after) for rank in launch.environments
-        ]
+            _spawn.limit_descriptors(self._nofile)
+            _preload.start_anew(self._control, self._driver, launch, unheard)
         # Imported once for all; what is frozen is not touched by the ranks' collectors, so its
         # pages stay shared.
         import rankwise._worker  # noqa: F401
@@ -254,49 +222,36 @@ class Launcher:
 
     def _become(self, launch: Launch, rank: int) -> None:
         """In a forked rank: let go of everything that is the launcher's, by close alone."""
-        if self._pipes:
-            self._pipes.close()
+        self._pipes.close()
+        self._control.close()
+        self._wake.close()
         for child in self._children:
             child.close()
-        for fd in launch.worker_fds[rank + 1 :]:
+        for fd in (self._driver, *launch.worker_fds[rank + 1 :]):
             os.close(fd)
-        self._control.close()
-        for fd in (self._driver, self._wake, self._wake_write):
-            os.close(fd)
-        if _signal.getsignal(_signal.SIGINT) == _signal.SIG_DFL:
-            _signal.signal(_signal.SIGINT, _signal.default_int_handler)
         _preload.become(launch.name, rank, launch.environments[rank])
 
     def _started(self, fd: int) -> None:
         """A rank has exec'ed, or tells why it has not."""
         child = self._starting.pop(fd)
         self._poll.unregister(fd)
-        child.failure = -1
-        reason = os.read(fd, 1 << 16).decode("utf-8", "replace")
-        os.close(fd)
-        if reason:
+        if reason := child.failed_before_exec():
             self._say(SpawnFailed(child.rank, reason))
 
     # -- ends ---------------------------------------------------------------------------------
 
     def _reap(self) -> None:
-        self._clear_wake()
+        self._wake.clear()
         # When no child is left it is still the driver who says that this is the end.
         with suppress(ChildProcessError):
             while self._reaper.reap():
                 self._flush()
                 self._look_for_driver()
 
-    def _clear_wake(self) -> None:
-        with suppress(BlockingIOError):
-            while os.read(self._wake, 4096):
-                pass
-
     def _last_words(self, child: Child) -> None:
         if child.failure >= 0:
             self._started(child.failure)
-        if self._pipes:
-            self._pipes.drain(child)
+        self._pipes.drain(child)
 
     def _ended(self, child: Child, report: Exited) -> None:
         self._say(report)
@@ -308,14 +263,13 @@ class Launcher:
 
     def _look_for_driver(self) -> None:
         """Between two things that take milliseconds: has the driver ended?"""
-        if select.select((self._driver,), (), (), 0)[0]:
+        if self._driver_poll.poll(0):
             raise DriverGone
 
     def _finish(self) -> None:
         self._told_dying = clock()
         left = self._reaper.end(self._wait_for_ends)
-        if self._pipes:
-            self._pipes.finish()
+        self._pipes.finish()
         self._control.send(Gone(left))
         self._flush_all()
 
@@ -325,14 +279,20 @@ class Launcher:
             self._told_dying = now
             self._say(Dying(tuple(child.rank for child in self._reaper.alive.values())))
         self._flush()
-        select.select((self._wake,), (), (), 0.02)
-        self._clear_wake()
+        _poll_of(self._wake).poll(20)
+        self._wake.clear()
 
     def _flush_all(self) -> None:
         """Send all that is queued, however long the driver takes to read it, unless it ends."""
-        poll = select.poll()
-        poll.register(self._driver, _IN)
+        poll = _poll_of(self._driver)
         poll.register(self._control.fileno(), select.POLLOUT)
         while not self._control.flush():
             if self._driver in dict(poll.poll()):
                 raise DriverGone
+
+
+def _poll_of(*fds: Any) -> select.poll:
+    poll = select.poll()
+    for fd in fds:
+        poll.register(fd, _IN)
+    return poll

@@ -1,17 +1,17 @@
 """The ledger: which call is owed by whom, and what follows from each event. It touches nothing.
 
     place > (queued a rank) > next_to_send > begun > reply ... reply > settled > ended
-                  |                            |          \\ failure > (50 ms) settled > (grace) broken
+                  |                            |       failure > (50 ms) settled > (grace) broken
                 cancel, expire              lost: settled with WorkerDied, group broken
 
-    No thread, clock, socket or process is touched here: events come in as method calls with the time
-    as an argument, and what is to be done comes out in `settled`, `reports` and `broken`. The owner
-    (a pump, or the inline engine) calls every method under its one lock.
+No thread, clock, socket or process is touched here: events come in as method calls with the time as
+an argument, and what is to be done comes out in `settled`, `reports` and `broken`. The owner (a
+pump, or the inline engine) calls every method under its one lock.
 
 An exception out of a signal handler may cut a method short between any two bytecodes when the owner
 is the main thread. So each method can be run again with the same event: what it stores first it can
-store twice, and the store that ends it is its last. CPython runs handlers only after a call and at a
-backward jump, never inside straight code, and that is what "last" leans on.
+store twice, and the store that ends it is its last. CPython runs handlers only after a call and at
+a backward jump, never inside straight code, and that is what "last" leans on.
 """
 
 from __future__ import annotations
@@ -322,9 +322,8 @@ class Ledger:
             self._barriers[:] = [waiting for waiting in self._barriers if not waiting.done]
 
     def owed(self) -> Iterator[tuple[int, Call]]:
-        """(rank, the oldest call that it has been sent and has not answered), for each such rank."""
+        """(rank, the oldest call that it was sent and has not answered), for each such rank."""
         for rank, inflight in enumerate(self.inflight):
             for call in inflight.values():
                 yield rank, call
                 break
-

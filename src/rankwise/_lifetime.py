@@ -1,9 +1,9 @@
 """How groups end that nobody closed: interpreter exit, fork, collection; and what is logged then.
 
-    exit     threading's own exit hook breaks the open calls (or a thread in `result` would keep the
-             interpreter), then `atexit` closes each group
-    fork     in the child every group is inert: its copies of the descriptors are closed, no more
-    collected  the engine is abandoned: its keeper ends it, and a ResourceWarning is given
+exit     threading's own exit hook breaks the open calls (or a thread in `result` would keep the
+         interpreter), then `atexit` closes each group
+fork     in the child every group is inert: its copies of the descriptors are closed, no more
+collected  the engine is abandoned: its keeper ends it, and a ResourceWarning is given
 """
 
 from __future__ import annotations
@@ -21,32 +21,24 @@ from rankwise._messages import FAILED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Protocol
+    from typing import Any
 
     from rankwise._calls import Call
+    from rankwise._engine import Engine
     from rankwise._future import GroupFuture
-
-    class Adopted(Protocol):
-        """What is asked of an engine that is seen to."""
-
-        name: str
-
-        def break_calls(self) -> None: ...
-        def close(self, timeout: float | None) -> None: ...
-        def abandon(self) -> bool: ...
-        def become_inert(self, owner: int) -> None: ...
+    from rankwise._spec import GroupSpec
 
 logger = logging.getLogger("rankwise")
 
 # An interpreter that exits waits so long for the workers' own exit: nobody wants an answer now.
 EXIT_TIMEOUT = 2.0
 
-_engines: set[Adopted] = set()
+_engines: set[Engine] = set()
 _owner = 0
 _hooked = False
 
 
-def adopt(engine: Adopted) -> None:
+def adopt(engine: Engine) -> None:
     """See to `engine` at exit and at fork."""
     global _hooked, _owner
     if not _hooked:
@@ -62,8 +54,15 @@ def adopt(engine: Adopted) -> None:
     _engines.add(engine)
 
 
-def disown(engine: Adopted) -> None:
+def disown(engine: Engine) -> None:
     _engines.discard(engine)
+
+
+def kill_started(spec: GroupSpec) -> None:
+    """End what was started of the group of `spec`: its constructor was struck by an exception."""
+    for engine in list(_engines):
+        if engine.spec is spec:
+            engine.kill()
 
 
 def _after_fork() -> None:
@@ -85,7 +84,7 @@ def _close_all(owner: int) -> None:
             engine.close(EXIT_TIMEOUT)
 
 
-def abandon(engine: Adopted, name: str) -> None:
+def abandon(engine: Engine, name: str) -> None:
     """The group of `engine` was collected without having been closed. A finalizer."""
     if engine.abandon():
         warnings.warn(
@@ -102,7 +101,7 @@ def wait_readable(fd: int, timeout: float) -> bool:
     return bool(poll.poll(timeout * 1000))
 
 
-def log_unfetched(future: GroupFuture[object]) -> None:
+def log_unfetched(future: GroupFuture[Any]) -> None:
     """Log, once, a failure that nobody has asked for, as asyncio does."""
     call = future._call
     failed = [(rank, body) for rank, (kind, body) in list(call.answers.items()) if kind == FAILED]
@@ -110,7 +109,9 @@ def log_unfetched(future: GroupFuture[object]) -> None:
         rank, body = failed[0]
         _log("nobody fetched the exception of", call, rank, body)
     elif call.error is not None and not isinstance(call.error, Closed):
-        logger.error("nobody fetched the failure of %s(): %s", call.method, type(call.error).__name__)
+        logger.error(
+            "nobody fetched the failure of %s(): %s", call.method, type(call.error).__name__
+        )
 
 
 def log_failure(call: Call, rank: int) -> None:

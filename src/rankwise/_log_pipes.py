@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Final
 
+    from rankwise._messages import Launch
     from rankwise._spawn import Child
 
 _ONE_READ: Final = 1 << 20
@@ -29,16 +30,19 @@ class LogPipes:
     send: called with a stream (1 or 2) and bytes to show on it.
     """
 
-    def __init__(
-        self, name: str, mode: str, color: bool, send: Callable[[int, bytes], None]
-    ) -> None:
+    def __init__(self, send: Callable[[int, bytes], None]) -> None:
         self._send = send
-        self._show = mode != "off"
-        self._prefixed = mode == "prefix"
-        self._color = color
-        self._relay = Relay(name)
+        self._mode = "off"
+        self._color = False
+        self._relay = Relay("")
         self._epoll = select.epoll()
         self._children: dict[int, Child] = {}  # by read end
+
+    def begin(self, launch: Launch) -> None:
+        """What is shown, and how."""
+        self._mode = launch.mode
+        self._color = launch.color
+        self._relay = Relay(launch.name)
 
     def fileno(self) -> int:
         return self._epoll.fileno()
@@ -67,7 +71,7 @@ class LogPipes:
             os.close(fd)
             return 0
         child.tail.feed(data)
-        if self._show:
+        if self._mode != "off":
             self._offer(child, stream, child.splitters[stream].feed(data))
         return len(data)
 
@@ -98,9 +102,9 @@ class LogPipes:
         self._epoll.close()
 
     def _offer(self, child: Child, stream: int, lines: bytes) -> None:
-        if lines and self._show:
+        if lines:
             before = b""
-            if self._prefixed:
+            if self._mode == "prefix":
                 before = prefix(child.name, child.rank, child.pid, self._color)
             for piece in self._relay.offer(lines, before):
                 self._send(stream, piece)

@@ -3,7 +3,7 @@
     driver   ==frame==>  worker      Boot once, then Call ...; Exit closes the channel in order
     worker   ==frame==>  driver      Ready or Failed once, then one Ok or Failed for each Call
     driver   ==message=> launcher    Launch once, then Signal, Shown, Finish
-    launcher ==message=> driver      Preloaded, Spawned, SpawnFailed, Exited, Output, Dying, then Gone
+    launcher ==message=> driver    Preloaded, Spawned, SpawnFailed, Exited, Output, Dying, then Gone
 
 A frame is a header of 24 bytes and a body (`wire.channel`). A message is one of the slotted classes
 below, pickled (`wire.control`). Nobody changes one after it is made.
@@ -106,7 +106,7 @@ class Finish:
 
 
 class Preloaded:
-    """The launcher has imported `preload` in `seconds`. `refused` says why it will not fork, or None."""
+    """The launcher imported `preload` in `seconds`; `refused`: why it will not fork, or None."""
 
     __slots__ = ("refused", "seconds")
     __match_args__ = ("seconds", "refused")
@@ -165,7 +165,7 @@ class Exited:
 
 
 class Output:
-    """Bytes to be shown on stream 1 or 2: whole lines in mode "prefix", as they came in "inherit"."""
+    """Bytes to show on stream 1 or 2: whole lines in mode "prefix", as they came in "inherit"."""
 
     __slots__ = ("data", "stream")
     __match_args__ = ("stream", "data")

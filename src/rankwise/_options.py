@@ -50,7 +50,7 @@ class Options:
         )
 
     def narrowed(self, ranks: tuple[int, ...]) -> Options:
-        """The options for a part of a view: a `reply_from` that is not in it means nothing there."""
+        """The options for a part of a view: a `reply_from` that is not in it is dropped."""
         if self.reply_from is None or self.reply_from in ranks:
             return self
         return Options(self.timeout, None, self.return_exceptions, self.on_error, self.grace)
@@ -100,5 +100,3 @@ def _place(index: object, size: int) -> int:
 def _slice_text(index: slice) -> str:
     parts = [index.start, index.stop] + ([] if index.step is None else [index.step])
     return "[" + ":".join("" if part is None else str(part) for part in parts) + "]"
-
-

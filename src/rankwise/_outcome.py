@@ -1,7 +1,7 @@
-"""Ok | Failed: the only place where a user's exceptions are caught, and the only one that raises them.
+"""Ok | Failed: the only place where a user's exceptions are caught, and made again.
 
-    worker:  capture(method, args, kwargs) > Ok(value) | Failed(exception) > frame
-    driver:  frame > failure(...) > the exception that the caller catches, with RemoteError as its cause
+worker:  capture(method, args, kwargs) > Ok(value) | Failed(exception) > frame
+driver:  frame > failure(...) > the exception that the caller catches, with RemoteError as its cause
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from _pickle import dumps as plain_dumps
 from _pickle import loads as plain_loads
 
 from rankwise._deadline import clock
+from rankwise._interrupts import is_interrupt
 from rankwise.wire import codec
 
 TYPE_CHECKING = False
@@ -92,7 +93,9 @@ def _format(error: BaseException) -> str:
 
 
 def _type_name(cls: type[BaseException]) -> str:
-    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    return (
+        cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    )
 
 
 def failed_at(body: bytes) -> float:
@@ -120,6 +123,8 @@ def failure(body: bytes, rank: int, pid: int, method: str) -> Exception:
     try:
         error = codec.loads(pickled)
     except Exception as reason:
+        if is_interrupt(reason):
+            raise
         remote.add_note(f"its own exception object could not be rebuilt here: {reason!r}")
         return remote
     if not isinstance(error, Exception):

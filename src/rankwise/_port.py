@@ -5,7 +5,7 @@
 
 A port is made for each loop that awaits a call of the group, and given to `add_reader` once. It is
 armed only while that loop awaits something and nobody leads: a thread's call then costs the loop
-nothing. Outcomes that another thread learns of reach the loop by one `call_soon_threadsafe` a batch.
+nothing. What another thread learns of reaches the loop by one `call_soon_threadsafe` a batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Port:
-    """What one event loop waits for, of one pump. Everything but `settled` runs in the loop's thread."""
+    """What one event loop waits for. All but `settled` and `arm` runs in the loop's thread."""
 
     def __init__(self, pump: Pump, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -59,7 +59,7 @@ class Port:
             while not call.done and clock() < until:
                 pump.lead_once()
                 if not call.done:
-                    yield
+                    yield None
         except BaseException:  # the task was cancelled
             with pump.lock:
                 pump.led_by_loop(call, False)

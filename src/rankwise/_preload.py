@@ -17,16 +17,20 @@ from contextlib import suppress
 
 from rankwise import _procfs
 from rankwise._deadline import clock
-from rankwise._messages import Launch
 from rankwise._spawn import SIGKILL, name_process
 from rankwise.wire.control import frame
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    import signal as _signal
     from typing import Any, Final, NoReturn
 
+    from rankwise._messages import Launch
     from rankwise.wire.control import ControlChannel
+
+else:
+    import _signal
 
 LAUNCHER: Final = (
     "import sys; sys.path.insert(0, sys.argv[1]); from rankwise._launcher import main; main()"
@@ -42,7 +46,24 @@ class PreloadFailed(Exception):
     """A module of `preload` could not be imported; the text has its traceback."""
 
 
-def preload(names: Sequence[str], sys_path: Sequence[str]) -> None:
+def share(launch: Launch, control: int, driver: int) -> tuple[float, str | None]:
+    """Import what the ranks of `launch` are to share. Returns the seconds that it took, and why
+    this process must not be forked after it, or None. Raises PreloadFailed."""
+    before = dict(os.environ)
+    began = clock()
+    sentry = _post_sentry(control, driver)
+    try:
+        _import(launch.preload, launch.sys_path)
+    finally:
+        _dismiss(sentry)
+    refused = why_not_fork()
+    if refused is None:
+        after = dict(os.environ)
+        launch.environments = [own_environment(env, before, after) for env in launch.environments]
+    return clock() - began, refused
+
+
+def _import(names: Sequence[str], sys_path: Sequence[str]) -> None:
     """Import each of `names`. Raises PreloadFailed at the first that does not let itself."""
     sys.path[:] = sys_path
     for name in names:
@@ -75,12 +96,12 @@ def why_not_fork() -> str | None:
     return None
 
 
-def post_sentry(control: int, driver: int) -> int:
+def _post_sentry(control: int, driver: int) -> int:
     """Fork a process that kills the launcher if the driver ends, or says anything, meanwhile.
 
     While it imports, the launcher does not look; an import may take minutes, hold the GIL in C
     code or never return. All that the driver can have to say then is that it is over. Returns the
-    sentry's pid, for `dismiss_sentry`.
+    sentry's pid, for `_dismiss`.
     """
     launcher = os.getpid()
     pid = os.fork()
@@ -100,23 +121,24 @@ def post_sentry(control: int, driver: int) -> int:
         os._exit(0)
 
 
-def dismiss_sentry(sentry: int) -> None:
+def _dismiss(sentry: int) -> None:
     # A preloaded module may ignore SIGCHLD, or have waited for any child.
     with suppress(ProcessLookupError, ChildProcessError):
         os.kill(sentry, SIGKILL)
         os.waitpid(sentry, 0)
 
 
-def start_anew(control: ControlChannel, driver: int, messages: tuple[object, ...]) -> NoReturn:
-    """Exec the launcher again, without what was imported, and with `messages` yet to be heard.
+def start_anew(
+    control: ControlChannel, driver: int, launch: Launch, unheard: list[object]
+) -> NoReturn:
+    """Exec the launcher again, without what was imported, to spawn the ranks of `launch`.
 
     Foreign threads would not only make a fork unsafe: one of them may hold the GIL when the driver
     dies. Parent, children, session and the role of subreaper outlive exec.
     """
-    launch = messages[0]
-    assert isinstance(launch, Launch)
+    launch.start_method = "spawn"
     rest = os.memfd_create("rankwise-launch")
-    os.write(rest, b"".join(map(frame, messages)) + control.unheard())
+    os.write(rest, b"".join(map(frame, (launch, *unheard))) + control.unheard())
     kept = {control.fileno(), driver, launch.status_fd, *launch.worker_fds, rest, 0, 1, 2}
     for fd in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):  # the directory that was listed
@@ -131,6 +153,8 @@ def become(name: str, rank: int, environment: Mapping[str, str]) -> None:
     for key in set(os.environ) - set(environment):
         del os.environ[key]
     os.environ.update(environment)
+    if _signal.getsignal(_signal.SIGINT) == _signal.SIG_DFL:  # the launcher's, not a module's
+        _signal.signal(_signal.SIGINT, _signal.default_int_handler)
     name_process(f"{name}:{rank}")
     _reseed()
     _set_threads(environment.get("OMP_NUM_THREADS"))

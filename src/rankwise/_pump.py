@@ -4,10 +4,10 @@
     waiter    < Ledger.settled < feed < leader <==frame== worker loop < Ok | Failed
 
 There is no reader thread between a socket and its caller. Whoever waits takes the *lead*: it polls
-`_ready` (an epoll of the reply sockets) for the spin budget, sleeps on it after that, and feeds what
-comes to the ledger, for itself and for all others. One thread leads at a time; other waiters sleep,
-each at a gate of its own, until their call is settled or the lead is handed to them. Calls that
-nobody waits for (a future with a callback, say) are led for by the keeper (`_keeper.py`): `_ready`
+`_ready` (an epoll of the reply sockets) for the spin budget, sleeps on it after that, and feeds
+what comes to the ledger, for itself and for all others. One thread leads at a time; other waiters
+sleep, each at a gate of its own, until their call is settled or the lead is handed to them. Calls
+that nobody waits for (a future with a callback, say) are led for by the keeper (`_keeper.py`): `_ready`
 is nested in the keeper's epoll, and *armed* there by one epoll_ctl, which takes effect while the
 keeper is asleep and costs no wake-up. Taking the lead disarms it.
 
@@ -18,8 +18,8 @@ Who owns what
 
 The lock is held for microseconds and never while anything blocks. An exception out of a signal
 handler may strike the main thread anywhere in here. Then the waiter marks itself `gone` and kicks
-the keeper, which finishes what was begun (`mend`) and passes on the lead; both are straight code and
-one C call, between which no handler runs.
+the keeper, which finishes what was begun (`mend`) and passes on the lead; both are straight code
+and one C call, between which no handler runs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 TICK = 0.25  # seconds between the keeper's looks at open calls
-
 
 
 class Waiter:
@@ -243,7 +242,7 @@ class Pump:
         self.rearm_if_unled()
 
     def disarm(self) -> None:
-        """Somebody leads, so the keeper need not wake for replies. The end of the lead rearms it."""
+        """Somebody leads: the keeper need not wake for replies. The end of the lead rearms it."""
         with self.lock:
             if self._leader is not None and self._armed:
                 self._arm(False)

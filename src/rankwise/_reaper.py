@@ -20,15 +20,44 @@ from rankwise._spawn import SIGKILL
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from collections.abc import Callable, Collection
     from typing import Final
 
     from rankwise._spawn import Child
+else:
+    import _signal
 
 # How long nothing may end before what is left counts as out of the kernel's own reach (a driver or
 # a network file system that hangs). Freeing memory takes 30 ms a GB.
 PATIENCE: Final = 10.0
 _CRASH_REPORT: Final = 1 << 18
+
+
+class ChildSignal:
+    """SIGCHLD as a descriptor: readable when a child may have ended. The one handler of ours."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def arm(self) -> None:
+        # What is ignored came from the driver: the kernel would then reap the ranks itself, and
+        # tell nobody how they ended. A handler of Python's is what makes it write to the pipe.
+        _signal.signal(_signal.SIGCHLD, lambda number, frame: None)
+        _signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def clear(self) -> None:
+        with suppress(BlockingIOError):
+            while os.read(self._read, 4096):
+                pass
+
+    def close(self) -> None:
+        """In a forked rank, which has left the handler behind already."""
+        os.close(self._read)
+        os.close(self._write)
 
 
 class Reaper:

@@ -3,8 +3,8 @@
     Ledger.next_to_send > flush > DriverChannel ==frame==> worker
     Ledger.reply        < pull  < DriverChannel <==frame== worker
 
-`flush` needs the group's lock, `pull` and `bury` the lead (see `_pump.py`); both may be cut short by
-an exception out of a signal handler and are then done again by whoever comes next.
+`flush` needs the group's lock, `pull` and `bury` the lead (see `_pump.py`); all may be cut short
+by an exception out of a signal handler and are then done again by whoever comes next.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Sockets:
                 if not channel.send_call(call, flags, head, call.body_for(rank)):
                     blocked = True
                     break
-            except OSError:
+            except ConnectionError:
                 break  # the other end is gone: end of file and the launcher will tell
             ledger.sent(rank, call)
         if blocked is not channel.wants_out and not channel.eof:

@@ -19,7 +19,7 @@ import sys
 from _ctypes import call_function, dlopen, dlsym  # `ctypes` itself takes 2 ms
 from contextlib import suppress
 from fcntl import F_SETPIPE_SZ, fcntl
-from resource import RLIMIT_NOFILE, setrlimit
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
 from rankwise.logs.lines import Raw, Splitter, Tail
 
@@ -73,6 +73,13 @@ class Child:
         self.killed = False  # SIGKILL was sent by us
         self.splitters = {stream: Raw() if raw else Splitter() for stream in (1, 2)}
         self.tail = Tail()
+
+    def failed_before_exec(self) -> str:
+        """What failed between fork and exec, once `failure` is readable; "" if nothing did."""
+        fd, self.failure = self.failure, -1
+        reason = os.read(fd, 1 << 16)
+        os.close(fd)
+        return reason.decode("utf-8", "replace")
 
     def close(self) -> None:
         """Close what is still open, in the launcher or in a forked sibling."""
@@ -148,7 +155,7 @@ def _be_the_rank(
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
         _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
         step = "setrlimit"
-        setrlimit(RLIMIT_NOFILE, nofile)
+        limit_descriptors(nofile)
         if become is not None:
             step = "fork"
             child.crash = -1  # the rest of what `child` holds is the launcher's
@@ -170,6 +177,25 @@ def _be_the_rank(
     raise BecomeWorker(place)
 
 
+def prepare_parent() -> tuple[int, int]:
+    """Make this process fit to be the launcher. Returns the limit of descriptors for the ranks."""
+    # The mask, and what is ignored, came from whichever thread of the driver started us.
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
+    default_signals(keep=(_signal.SIGPIPE, _signal.SIGXFSZ))
+    # Every descendant whose own parent ends becomes a child of ours.
+    prctl(_SET_CHILD_SUBREAPER, 1)
+    name_process("rankwise")
+    nofile = getrlimit(RLIMIT_NOFILE)
+    limit_descriptors((nofile[1], nofile[1]))
+    return nofile
+
+
+def limit_descriptors(nofile: tuple[int, int]) -> None:
+    # The launcher needs four a rank; where more are refused, the usual 1024 do for most groups.
+    with suppress(OSError, ValueError):
+        setrlimit(RLIMIT_NOFILE, nofile)
+
+
 def die_with(parent: int) -> None:
     """SIGKILL for this process when `parent`, whose child it is, ends; now, if it has ended.
 
@@ -179,11 +205,6 @@ def die_with(parent: int) -> None:
     prctl(_SET_PDEATHSIG, SIGKILL)
     if os.getppid() != parent:  # it ended before the line above
         os.kill(os.getpid(), SIGKILL)
-
-
-def adopt_orphans() -> None:
-    """Make this process the parent of every descendant whose own parent ends."""
-    prctl(_SET_CHILD_SUBREAPER, 1)
 
 
 def name_process(name: str) -> None:

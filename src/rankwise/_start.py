@@ -1,4 +1,4 @@
-"""A group that starts while its caller goes on: `WorkerGroup.start`, and ends that do not block a loop."""
+"""A group that starts while its caller goes on, and ends that do not block an event loop."""
 
 from __future__ import annotations
 

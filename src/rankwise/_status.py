@@ -5,7 +5,7 @@
 
 It decides nothing about order. It is read by `health()`, by the search for lost messages and by
 `current_call().cancelled()`; it replaces heartbeats and a reader thread in the worker. One memfd a
-group, without a name. Every field is one aligned 8-byte word, which both sides store and load whole.
+group, without a name. Every field is one aligned 8-byte word, stored and loaded whole.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def make_status(world_size: int) -> int:
 
 
 class StatusPage:
-    """The pages of a group, mapped. Without a descriptor: plain memory, for ranks that are threads."""
+    """The pages of a group, mapped; without a descriptor plain memory (ranks that are threads)."""
 
     __slots__ = ("_map", "_words", "world_size")
 

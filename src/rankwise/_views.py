@@ -1,7 +1,7 @@
 """Views of a group: some of its ranks with some call options. Immutable, cheap, the same verbs.
 
-    ManyView  its calls give a list, in the view's order        group, group[2:6], group[[0, 4]]
-    OneView   its calls give the bare value                     group[0], options(reply_from=0)
+ManyView  its calls give a list, in the view's order        group, group[2:6], group[[0, 4]]
+OneView   its calls give the bare value                     group[0], options(reply_from=0)
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
+
 class View:
     """What every view has. `_bare`: the rank whose bare value is the result; None: a list."""
 
@@ -37,7 +38,12 @@ class View:
     _bare: int | None
 
     def _init_view(
-        self, engine: Engine, ranks: tuple[int, ...], group: object, bare: int | None, options: Options
+        self,
+        engine: Engine,
+        ranks: tuple[int, ...],
+        group: object,
+        bare: int | None,
+        options: Options,
     ) -> None:
         self._engine = engine
         self._ranks = ranks
@@ -60,9 +66,7 @@ class View:
         name, sent = resolve_method(method)
         return self._make_call(name, encode_call(sent, args, kwargs))
 
-    def _make_call(
-        self, name: str, body: bytes, bodies: dict[int, bytes] | None = None
-    ) -> Call:
+    def _make_call(self, name: str, body: bytes, bodies: dict[int, bytes] | None = None) -> Call:
         options = self._options
         ranks = self._ranks
         return Call(
@@ -212,7 +216,9 @@ class View:
 class OneView(View):
     """A view whose calls give one rank's bare value."""
 
-    def call(self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any) -> R:
+    def call(
+        self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any
+    ) -> R:
         """Run `method` on the view's ranks and wait for the value. Raises what it raised."""
         result: R = self._run(self._make(method, args, kwargs))
         return result

@@ -50,7 +50,9 @@ if TYPE_CHECKING:
 
 
 def serve(
-    channel: Channel, words: memoryview, prepare: Callable[[_context.Place, dict[str, object]], None]
+    channel: Channel,
+    words: memoryview,
+    prepare: Callable[[_context.Place, dict[str, object]], None],
 ) -> None:
     """Make the worker object, run the calls that come, and end it in order.
 
@@ -73,6 +75,8 @@ def serve(
         words[RUNNING] = call_id
         kind, answer = _answer(worker, place, words, flags, call_id, body)
         del frame, body  # a worker that waits keeps nothing of the last call alive
+        if place.forked:
+            return  # a child that the method forked has come out of it: the parent answers
         channel.reply(kind, call_id, answer)
         del answer
         words[DONE] = call_id
@@ -82,7 +86,9 @@ def serve(
 
 
 def _construct(
-    channel: Channel, words: memoryview, prepare: Callable[[_context.Place, dict[str, object]], None]
+    channel: Channel,
+    words: memoryview,
+    prepare: Callable[[_context.Place, dict[str, object]], None],
 ) -> tuple[object, _context.Place] | None:
     frame = channel.receive()
     if frame is None or frame[0] != BOOT:
@@ -95,7 +101,7 @@ def _construct(
     prepare(place, settings)
 
     def make() -> object:
-        target, args, kwargs = codec.loads(blob)  # type: ignore[misc]
+        target, args, kwargs = codec.loads(blob)
         words[SINCE] = time.monotonic_ns()
         words[PHASE] = CONSTRUCT
         worker = target(*args, **kwargs)
@@ -134,11 +140,13 @@ def _answer(
         if flags & HAS_DEADLINE:
             (deadline,) = DEADLINE.unpack_from(body)
             data = memoryview(body)[DEADLINE.size :]
-        method, args, kwargs = codec.loads(data)  # type: ignore[misc]
+        method, args, kwargs = codec.loads(data)
         named = isinstance(method, str)
         name = method if named else method_name(method)
         place.call = _context.CurrentCall(call_id, name, deadline, words)
-        value = getattr(worker, method)(*args, **kwargs) if named else method(worker, *args, **kwargs)
+        value = (
+            getattr(worker, method)(*args, **kwargs) if named else method(worker, *args, **kwargs)
+        )
         if _is_coroutine(value):
             value.close()
             raise TypeError(f"{name} is an async method: rankwise runs ordinary methods only")
@@ -207,11 +215,11 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
     _line_buffer()
     sock = socket.socket(fileno=call_fd)
     channel = WorkerChannel(sock, 0.0)
-    # A child that the worker forks must not keep the call channel open after the worker's death.
-    os.register_at_fork(after_in_child=sock.close)
     page = StatusPage(rank + 1, status_fd)
 
     def prepare(place: _context.Place, settings: dict[str, object]) -> None:
+        # A child that the worker forks must not keep the call channel open after its death.
+        os.register_at_fork(after_in_child=lambda: (sock.close(), place.leave()))
         place.rank0 = page.words(0)
         _context.enter_process(place)
         sys.path[:] = settings["sys_path"]  # type: ignore[call-overload]

@@ -1,14 +1,14 @@
 """What can go wrong, as a tree. Every class here survives pickle, with its fields and its cause.
 
-    WorkerGroupError(RuntimeError)
-      StartupError          a rank did not become ready
-        StartupTimeout      (also TimeoutError) the ranks were not ready in time
-      GroupBroken           (also concurrent.futures.BrokenExecutor) the group has failed; `.first` says why
-        WorkerDied          (also ChildProcessError) a rank's process ended under an open call
-      GroupClosed           the caller closed the group
-      RemoteError           what a worker raised, as text: the cause of what the caller catches
-    CallTimeout             (WorkerGroupError, TimeoutError) a deadline or a waiter's patience ran out
-    SerializationError      (WorkerGroupError, TypeError) an argument or a result cannot travel
+WorkerGroupError(RuntimeError)
+  StartupError          a rank did not become ready
+    StartupTimeout      (also TimeoutError) the ranks were not ready in time
+      GroupBroken           (also concurrent.futures.BrokenExecutor) the group failed; see `.first`
+    WorkerDied          (also ChildProcessError) a rank's process ended under an open call
+  GroupClosed           the caller closed the group
+  RemoteError           what a worker raised, as text: the cause of what the caller catches
+CallTimeout             (WorkerGroupError, TimeoutError) a deadline or a waiter's patience ran out
+SerializationError      (WorkerGroupError, TypeError) an argument or a result cannot travel
 """
 
 from __future__ import annotations
@@ -177,7 +177,6 @@ class WorkerDied(GroupBroken, ChildProcessError):
         self.stack = stack
         self.peak_rss = peak_rss
         self.first = self
-
 
     def __reduce__(self) -> tuple[object, ...]:
         fields = {key: value for key, value in self.__dict__.items() if key != "first"}

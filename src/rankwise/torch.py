@@ -22,20 +22,31 @@ import socket
 import time
 from datetime import timedelta
 
-import torch
-import torch.distributed as dist
+import torch.distributed
 
+import torch
 from rankwise._context import current_place, worker_info
 from rankwise._deadline import check_timeout, clock, deadline, left
 from rankwise._status import PORT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol
 
     from rankwise._rankinfo import RankInfo
 
+    class Store(Protocol):
+        """What the rendezvous needs of torch's stores."""
+
+        def set(self, key: str, value: str) -> None: ...
+        def wait(self, keys: list[str], timeout: timedelta) -> None: ...
+        def check(self, keys: list[str]) -> bool: ...
+        def set_timeout(self, timeout: timedelta) -> None: ...
+
+
 __all__ = ["device", "init_process_group"]
+
+dist: Any = torch.distributed  # torch's annotations do not tell that its stores are public
 
 _WHO = "rankwise.torch.init_process_group"
 _PORT_BITS = 16
@@ -162,7 +173,7 @@ def _choose(info: RankInfo, backend: str | None, kw: dict[str, Any]) -> tuple[st
 # -- the rendezvous ---------------------------------------------------------------------------
 
 
-def _meet(info: RankInfo, words: memoryview, seconds: float | None) -> dist.Store:
+def _meet(info: RankInfo, words: memoryview, seconds: float | None) -> Store:
     """A store that every rank of the group has reached."""
     global _completed
     began = clock()
@@ -174,14 +185,14 @@ def _meet(info: RankInfo, words: memoryview, seconds: float | None) -> dist.Stor
         tcp = _connect(info, port, until)
     # MASTER_PORT is reserved for this group as long as it lives, so the prefix is its own: were a
     # port to pass from a store that was given up to another group's, nobody would mix their keys.
-    store = dist.PrefixStore(f"rankwise/{info.master_port}/{round}", tcp)
+    store: Store = dist.PrefixStore(f"rankwise/{info.master_port}/{round}", tcp)
     _gather(info, store, began, until)
     tcp.set_timeout(timedelta(seconds=_PATIENCE if seconds is None else seconds))
     _completed = round
     return store
 
 
-def _open(info: RankInfo, words: memoryview, until: float | None) -> tuple[int, dist.TCPStore]:
+def _open(info: RankInfo, words: memoryview, until: float | None) -> tuple[int, Store]:
     round = (words[PORT] >> _PORT_BITS) + 1
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -218,14 +229,14 @@ def _published(
         pause = min(pause * 2, 0.01)
 
 
-def _connect(info: RankInfo, port: int, until: float | None) -> dist.TCPStore:
+def _connect(info: RankInfo, port: int, until: float | None) -> Store:
     try:
         return _store(info, port, until)
     except dist.DistError as error:
         raise _gave_up(info) from error
 
 
-def _gather(info: RankInfo, store: dist.Store, began: float, until: float | None) -> None:
+def _gather(info: RankInfo, store: Store, began: float, until: float | None) -> None:
     """Wait until every rank has joined.
 
     `TCPStore(wait_for_workers=True)` would count connections; keys can tell who is missing.
@@ -254,8 +265,8 @@ def _gave_up(info: RankInfo) -> ConnectionError:
     )
 
 
-def _store(info: RankInfo, port: int, until: float | None, **kw: Any) -> dist.TCPStore:
-    return dist.TCPStore(
+def _store(info: RankInfo, port: int, until: float | None, **kw: Any) -> Store:
+    store: Store = dist.TCPStore(
         "127.0.0.1",
         port,
         info.world_size,
@@ -264,6 +275,7 @@ def _store(info: RankInfo, port: int, until: float | None, **kw: Any) -> dist.TC
         wait_for_workers=False,
         **kw,
     )
+    return store
 
 
 def _as_timedelta(until: float | None) -> timedelta:

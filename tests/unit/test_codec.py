@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import enum
 import functools
 import io
 import pickle
+import signal
 import subprocess
 import sys
 import textwrap
@@ -246,6 +248,33 @@ def test_typing_names_of_such_a_module_travel(fileless):
         assert loads(dumps(f))(4).x == 4
     """
     python("-c", textwrap.dedent(script))
+
+
+def test_cached_functions_and_properties_of_such_a_module_travel(fileless):
+    code = """
+        import functools
+        @functools.lru_cache(maxsize=50)
+        def fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)
+        class Lazy:
+            @functools.cached_property
+            def x(self): return fib(30)
+    """
+    exec(textwrap.dedent(code), vars(fileless))
+    script = f"""
+        from rankwise.wire.codec import loads
+        fib = loads({dumps(fileless.fib)!r})
+        assert fib(40) == 102334155 and fib.cache_parameters()["maxsize"] == 50
+        lazy = loads({dumps(fileless.Lazy())!r})
+        assert lazy.x == 832040 and vars(lazy)["x"] == lazy.x
+    """
+    python("-c", textwrap.dedent(script))
+    assert there_and_back(cached_here) is cached_here
+    assert there_and_back([cached_here, lambda: 0])[0] is cached_here
+
+
+@functools.cache
+def cached_here():
+    return 1
 
 
 def test_what_decides_between_name_and_value(fileless, tmp_path, monkeypatch):
@@ -731,6 +760,30 @@ def test_an_interrupt_in_the_search_passes_through():
     errors = [ValueError("first"), KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):
         encode_result([Once()])
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_an_alarm_passes_through_wherever_it_strikes(at):
+    class Alarming:
+        tries = 0
+
+        def __reduce__(self):
+            type(self).tries += 1
+            if self.tries == at:
+                signal.raise_signal(signal.SIGALRM)
+            raise ValueError("never pickled")
+
+    def strike(number, frame):
+        raise TimeoutError("struck")
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        with pytest.raises(TimeoutError, match="struck"):
+            for _ in range(3):
+                with contextlib.suppress(SerializationError):
+                    encode_call("m", ([Alarming()],), {})
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_failure_that_does_not_come_again_still_has_its_reason():

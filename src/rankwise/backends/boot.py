@@ -1,6 +1,6 @@
 """The first call of a group: every rank loads the target and its arguments, and makes its object.
 
-    encode (in the driver, before any process) > Boot ==frame==> import > construct > ready
+encode (in the driver, before any process) > Boot ==frame==> import > construct > ready
 """
 
 from __future__ import annotations
@@ -44,13 +44,16 @@ def boot_call(infos: list[RankInfo], blobs: list[bytes], spin: float) -> Call:
     return Call("construct", b"", ranks, bodies=bodies, kind=BOOT)
 
 
-def startup_error(call: Call, engine: Engine, timed_out: bool, waited: float) -> StartupError | None:
+def startup_error(
+    call: Call, engine: Engine, timed_out: bool, waited: float
+) -> StartupError | None:
     """What the constructor raises for the settled (or overdue) boot `call`; None: all are ready."""
     name = engine.name
     if timed_out or isinstance(call.error, Expired):
         phases = {rank: engine.ranks.phase(rank) for rank in call.missing()}
         where = "".join(
-            f"\n  rank {rank}: pid {engine.ranks.pid(rank)}, {phase}" for rank, phase in phases.items()
+            f"\n  rank {rank}: pid {engine.ranks.pid(rank)}, {phase}"
+            for rank, phase in phases.items()
         )
         return StartupTimeout(
             f"{name}: {len(phases)} of {engine.world_size} ranks were not ready after "

@@ -27,6 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable, Generator
+    from typing import Any
 
     from rankwise._future import GroupFuture
     from rankwise._spec import GroupSpec
@@ -53,6 +54,7 @@ class InlineEngine:
     """One group of threads."""
 
     def __init__(self, spec: GroupSpec) -> None:
+        self.spec = spec
         self.name = spec.name
         self.world_size = spec.world_size
         self.infos = rank_infos(spec, "127.0.0.1", 0)
@@ -177,14 +179,14 @@ class InlineEngine:
         self._tell()
         return dropped
 
-    def watch(self, future: GroupFuture[object]) -> None:
+    def watch(self, future: GroupFuture[Any]) -> None:
         self._callbacks.ensure()
 
     def defer(self, job: Callable[[], object]) -> None:
         self._callbacks.ensure()
         self._callbacks.put(job)
 
-    def unfetched(self, future: GroupFuture[object]) -> None:
+    def unfetched(self, future: GroupFuture[Any]) -> None:
         _lifetime.log_unfetched(future)
 
     def refusal(self) -> Error | None:
@@ -276,6 +278,6 @@ class InlineEngine:
         """This is a forked child's copy, without its threads."""
         self._closed = True
         self.inert = (
-            f"{self.name} belongs to process {owner}; this is a forked child of it, which must make "
-            "a group of its own"
+            f"{self.name} belongs to process {owner}; this is a forked child of it, which must "
+            "make a group of its own"
         )

@@ -1,4 +1,4 @@
-"""Starting a launcher: what is made for a group before any rank runs, and in what order it is undone.
+"""Starting a launcher: what is made for a group before any rank runs, and how it is undone.
 
     sockets, status page, port > Popen(launcher) > Launch > Boot frames
 
@@ -81,7 +81,7 @@ def start_launcher(spec: GroupSpec, stack: ExitStack) -> Started:
     driver_pidfd = os.pidfd_open(os.getpid())
     try:
         status = _status.StatusPage(size, status_fd)
-        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        flags = _interpreter_flags(environments)
         forks = spec.start_method == "forkserver"
         launcher = subprocess.Popen(
             [
@@ -101,6 +101,7 @@ def start_launcher(spec: GroupSpec, stack: ExitStack) -> Started:
             pass_fds=[launchers.fileno(), driver_pidfd, status_fd, *with_them],
             start_new_session=True,
         )
+        stack.callback(_end_process, launcher)
         pidfd = os.pidfd_open(launcher.pid)
         stack.callback(os.close, pidfd)
         control = ControlChannel(ours)
@@ -135,6 +136,26 @@ def _launcher_environment(environments: list[dict[str, str]]) -> dict[str, str]:
     """
     common = _environment.common_environment(environments)
     return common | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def _interpreter_flags(environments: list[dict[str, str]]) -> list[str]:
+    """The driver's own flags. -E and -I, which would shut out PYTHONHASHSEED too, are put into
+    effect by taking every other PYTHON variable out of `environments`."""
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    if sys.flags.ignore_environment:
+        flags = ["-s" if flag == "-I" else flag for flag in flags if flag != "-E"]
+        for variables in environments:
+            for name in [name for name in variables if name.startswith("PYTHON")]:
+                if name != "PYTHONHASHSEED":
+                    del variables[name]
+    return flags
+
+
+def _end_process(launcher: subprocess.Popen[bytes]) -> None:
+    """The last resort of a start that failed half way; after an orderly end it finds it done."""
+    if launcher.returncode is None:
+        launcher.kill()
+        launcher.wait()
 
 
 def _reserve_port() -> socket.socket:

@@ -25,6 +25,7 @@ from rankwise._answers import broken
 from rankwise._callbacks import Callbacks
 from rankwise._calls import Call, Closed, Error, Garbled
 from rankwise._deadline import clock, deadline, left
+from rankwise._interrupts import is_interrupt
 from rankwise._keeper import Keeper
 from rankwise._messages import (
     EXIT,
@@ -48,6 +49,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable, Generator
+    from typing import Any
 
     from rankwise._future import GroupFuture
     from rankwise._spec import GroupSpec
@@ -66,6 +68,7 @@ class LocalEngine:
     """One group of processes. Made by `start_local`; ended by `close` or `kill`."""
 
     def __init__(self, spec: GroupSpec, stack: ExitStack) -> None:
+        self.spec = spec
         self.name = spec.name
         self.world_size = spec.world_size
         started = start_launcher(spec, stack)
@@ -87,6 +90,7 @@ class LocalEngine:
         if spec.on_failure is not None:
             self._callbacks.ensure()
         self._printer = Printer(spec.name, self._shown)
+        stack.callback(self._printer.close)
         self.keeper = Keeper(self, spec.name)
         self.next_step: float | None = clock()
         self.starting = True
@@ -94,14 +98,16 @@ class LocalEngine:
         self._began = clock()
         self._news = threading.Condition()  # ends of ranks, and of the launcher
         self._gone = False
+        self._heard = 0.0  # when the launcher last said something
         self._end_at = [0.0, 0.0]  # of a broken group: SIGTERM, SIGKILL; 0: not begun
         self._finishing = False
         self._to_launcher: list[object] = []
         self._closing = threading.RLock()
         self._closed = False
-        self._stack = stack.pop_all()
-        _lifetime.adopt(self)
+        self._stack = stack
+        _lifetime.adopt(self)  # from here on a start that is interrupted is found and killed
         self.keeper.start()
+        self._stack = stack.pop_all()
 
     # -- calls --------------------------------------------------------------------------------
 
@@ -134,7 +140,7 @@ class LocalEngine:
         self.pump.rouse_leader()
         return dropped
 
-    def watch(self, future: GroupFuture[object]) -> None:
+    def watch(self, future: GroupFuture[Any]) -> None:
         self._callbacks.ensure()
 
     def defer(self, job: Callable[[], object]) -> None:
@@ -148,7 +154,7 @@ class LocalEngine:
         with self.pump.lock:
             return dict(self.pump.ledger.owed())
 
-    def unfetched(self, future: GroupFuture[object]) -> None:
+    def unfetched(self, future: GroupFuture[Any]) -> None:
         _lifetime.log_unfetched(future)
 
     def _announce(self, call: Call) -> None:
@@ -163,9 +169,10 @@ class LocalEngine:
         """Deal with what the launcher has said, or with its end."""
         try:
             messages = self._control.receive()
-        except (EOFError, ValueError, OSError) as reason:
-            self._launcher_lost(reason)
+        except (EOFError, ValueError, OSError) as error:
+            self._launcher_lost(error)
             return
+        self._heard = clock()
         for message in messages:
             match message:
                 case Spawned(rank, pid, starttime):
@@ -201,7 +208,9 @@ class LocalEngine:
         self.pump.outer.unregister(self.launcher_pidfd)
         self.kill_ranks()
         if not self._finishing:
-            _lifetime.wait_readable(self.launcher_pidfd, 0.1)  # its descriptors close before it ends
+            _lifetime.wait_readable(
+                self.launcher_pidfd, 0.1
+            )  # its descriptors close before it ends
             self._launcher.poll()
             ended = describe_exit(self._launcher.returncode)
             self._break(Garbled(-1, f"process {self._launcher.pid} {ended} ({reason})"))
@@ -336,7 +345,9 @@ class LocalEngine:
                 try:
                     self._end_launcher()
                     self._end_all()
-                except KeyboardInterrupt as error:
+                except BaseException as error:
+                    if not is_interrupt(error):
+                        raise
                     interrupted = error
         if interrupted is not None:
             raise interrupted
@@ -388,7 +399,11 @@ class LocalEngine:
         self.pump.tell()
         self.pump.rouse_leader()
         self.finish()
-        if not self._wait_news(lambda: self._gone, deadline(LAUNCHER_PATIENCE)):
+        self._heard = clock()
+        while not self._gone and clock() < self._heard + LAUNCHER_PATIENCE:
+            # It says Dying while the kernel still frees a rank's memory, some 30 ms a GB.
+            self._wait_news(lambda: self._gone, self._heard + LAUNCHER_PATIENCE)
+        if not self._gone:
             self._kill_launcher()
             self._wait_news(lambda: self._gone, deadline(LAUNCHER_PATIENCE))
         if not _lifetime.wait_readable(self.launcher_pidfd, LAUNCHER_PATIENCE):

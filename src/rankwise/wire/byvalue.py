@@ -8,12 +8,14 @@ which both sides know it again. To that we add:
 - A class that is known already is not filled again. cloudpickle would overwrite the driver's own
   class, when one of its instances comes home, by copies whose globals are not the driver's; and a
   worker's class attributes by what they were when it was defined.
-- What annotations name (ParamSpec, TypeVarTuple, NewType) travels too.
+- What annotations name (ParamSpec, TypeVarTuple, NewType) travels too, and so does what
+  `functools.lru_cache` and `functools.cached_property` make of a function.
 """
 
 from __future__ import annotations
 
 import copyreg
+import functools
 import io
 import sys
 import types
@@ -43,7 +45,28 @@ def _reduce_text_file(file: io.TextIOWrapper) -> Any:
     raise TypeError(f"cannot pickle the open file {file!r}")
 
 
-_DISPATCH_TABLE = {**cp.Pickler._dispatch_table, io.TextIOWrapper: _reduce_text_file}
+def _reduce_cached_property(cached: functools.cached_property[Any]) -> Any:
+    # Up to Python 3.11 it holds a lock.
+    state = {name: value for name, value in vars(cached).items() if name != "lock"}
+    return type(cached), (cached.func,), state
+
+
+def _reduce_cached_function(cached: functools._lru_cache_wrapper[Any]) -> Any:
+    if not travels_by_value(cached):
+        return cached.__reduce__()
+    return _make_cached_function, (cached.__wrapped__, cached.cache_parameters())
+
+
+def _make_cached_function(function: Callable[..., Any], parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
+
+
+_DISPATCH_TABLE = {
+    **cp.Pickler._dispatch_table,
+    io.TextIOWrapper: _reduce_text_file,
+    functools.cached_property: _reduce_cached_property,
+    functools._lru_cache_wrapper: _reduce_cached_function,
+}
 
 
 class ByValuePickler(cp.Pickler):  # type: ignore[misc]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import select
+from contextlib import suppress
 
 from rankwise._deadline import clock
 from rankwise._messages import HEADER, MAGIC
@@ -88,7 +89,7 @@ class DriverChannel:
         """Send what can be sent of `call` now; True once its last byte has left.
 
         Call it again with the same call, once the socket takes bytes, until it says True.
-        Raises OSError where the other end is gone.
+        Raises ConnectionError where the other end is gone.
         """
         if call.id <= self._last_sent:
             return True  # interrupted after the last byte, before the caller could note it
@@ -125,10 +126,8 @@ class DriverChannel:
     def send_farewell(self, call: Call) -> None:
         """Send `call`, which has no body, if the socket takes it now and no frame is on its way."""
         if self._going is None:
-            try:
+            with suppress(ConnectionError):  # it has gone already
                 self.send_call(call, 0, b"", b"")
-            except OSError:
-                pass  # it has gone already
 
     # -- receiving ----------------------------------------------------------------------------
 
@@ -140,7 +139,7 @@ class DriverChannel:
             chunks.extend(map(self.recv, (RECEIVE_SIZE,)))
         except BlockingIOError:
             return False
-        except OSError:
+        except ConnectionError:  # not OSError: an alarm's handler may raise TimeoutError
             self.eof = True
             return False
         if not chunks[-1]:

@@ -20,11 +20,12 @@ import sys
 import types
 
 # The C half of `pickle` alone: the Python half imports re, struct and enum, 5 to 10 ms at the start
-# of every worker. `types` and `copyreg` come with it anyway.
+# of every worker. `types`, `copyreg` and `functools` come with it.
 from _pickle import Pickler, PicklingError
 from _pickle import dumps as _dumps
 from _pickle import loads as _loads
 from copyreg import dispatch_table
+from functools import _lru_cache_wrapper
 from io import BytesIO
 
 TYPE_CHECKING = False
@@ -59,7 +60,11 @@ def encode_call(
     except MemoryError:
         raise
     except Exception as error:
+        from rankwise._interrupts import is_interrupt
         from rankwise.wire.culprit import explain
+
+        if is_interrupt(error):
+            raise  # an alarm struck while we pickled: no argument is to blame
 
         roots: dict[str, object] = {"method": method}
         roots |= {f"args[{index}]": value for index, value in enumerate(args)}
@@ -74,7 +79,11 @@ def encode_result(value: object) -> bytes:
     except MemoryError:
         raise
     except Exception as error:
+        from rankwise._interrupts import is_interrupt
         from rankwise.wire.culprit import explain
+
+        if is_interrupt(error):
+            raise  # an alarm struck while we pickled: no argument is to blame
 
         raise explain("the result", {"result": value}, error) from error
 
@@ -150,7 +159,7 @@ class _PlainPickler(Pickler):
 
 
 # By their type and not by isinstance: the __class__ of a proxy may claim anything.
-_NAMED: Final = (type, types.FunctionType, types.MethodType)
+_NAMED: Final = (type, types.FunctionType, types.MethodType, _lru_cache_wrapper)
 _QUESTIONED: Final = (*_NAMED, BaseException)
 
 
@@ -164,7 +173,8 @@ def travels_by_value(obj: Any) -> bool:
     if module_by_value(obj.__module__):
         return True
     found = sys.modules[obj.__module__]
-    for name in getattr(obj, "__qualname__", obj.__name__).split("."):
+    qualname: str = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", "")
+    for name in qualname.split("."):
         found = getattr(found, name, None)
     return found is not obj
 

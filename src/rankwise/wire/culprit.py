@@ -14,6 +14,7 @@ import types
 from time import monotonic as clock
 from typing import Any, NamedTuple
 
+from rankwise._interrupts import is_interrupt
 from rankwise.errors import SerializationError
 from rankwise.wire.byvalue import ByValuePickler
 from rankwise.wire.codec import PROTOCOL
@@ -37,11 +38,13 @@ class Culprit(NamedTuple):
 def explain(what: str, roots: dict[str, object], error: Exception) -> SerializationError:
     """The error to raise where pickling `what`, made of `roots` (path -> object), raised `error`.
 
-    It raises nothing itself but what is not an `Exception` (`^C`).
+    It raises nothing itself but `^C` and what else a signal handler raises.
     """
     try:
         found = find(roots)
-    except Exception:
+    except Exception as other:
+        if is_interrupt(other):
+            raise
         found = None  # user code is met on the way, and the error at hand matters more than ours
     if found is None:
         return SerializationError(
@@ -130,6 +133,8 @@ class _Search:
         except _OutOfTime:
             raise
         except Exception as error:
+            if is_interrupt(error):
+                raise
             return error
         return None
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from typing import Any, NamedTuple
 
+from rankwise._interrupts import is_interrupt
 from rankwise.wire.byvalue import ByValuePickler
 from rankwise.wire.codec import PROTOCOL
 
@@ -30,12 +31,14 @@ class Parts(NamedTuple):
 def parts_of(obj: object, path: str) -> list[Parts]:
     """What pickling `obj` pickles, as far as there is an expression for it, in a few groups.
 
-    `path` is the expression for `obj` itself. Raises nothing but what is not an `Exception`.
+    `path` is the expression for `obj` itself. Raises nothing but what a signal handler raises.
     """
     try:
         return _parts(obj, path)
-    except Exception:  # its own __reduce__, say: then it is the culprit
-        return []
+    except Exception as error:
+        if is_interrupt(error):
+            raise
+        return []  # its own __reduce__ failed, say: then it is the culprit
 
 
 def _parts(obj: Any, path: str) -> list[Parts]:

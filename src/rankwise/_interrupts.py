@@ -1,0 +1,42 @@
+"""Telling an exception out of a signal handler from one of the code that it struck.
+
+Where we run somebody's code and take what it raises for its own fault (a `__reduce__`, a
+`__setstate__`), the main thread may be struck by an alarm or ^C meanwhile. That exception is not
+about the object at hand: it has to pass.
+"""
+
+from __future__ import annotations
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether `error`, or what it was raised over, came out of a Python signal handler."""
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    codes = _handler_codes()
+    seen: BaseException | None = error
+    for _ in range(8):
+        if seen is None:
+            return False
+        trace = seen.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code in codes:
+                return True
+            trace = trace.tb_next
+        seen = seen.__context__
+    return False
+
+
+def _handler_codes() -> set[object]:
+    import signal  # 4 ms, and only a failure needs it
+
+    codes = set()
+    for number in signal.valid_signals():
+        handler: object = signal.getsignal(number)
+        handler = getattr(handler, "func", handler)  # functools.partial
+        handler = getattr(handler, "__func__", handler)  # a bound method
+        if not hasattr(handler, "__code__"):
+            handler = type(handler).__dict__.get("__call__")  # an object that can be called
+        code = getattr(handler, "__code__", None)
+        if code is not None:
+            codes.add(code)
+    return codes

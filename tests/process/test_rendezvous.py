@@ -1,0 +1,228 @@
+"""Eight groups that start at once, again and again, while another process takes every free port.
+
+    the grabber   binds each ephemeral port in turn, without SO_REUSEADDR; keeps thousands of them,
+                  lets the oldest go, takes what others let go
+    a round       eight groups start at once, each meets at a port of its own, each reduces
+
+A rendezvous that chooses a port, lets go of it and has rank 0 bind it later loses it to the grabber
+(or to another group) sooner or later. Neither rankwise's nor torch's own, with the MASTER_PORT that
+a group reserves, ever does. RANKWISE_RENDEZVOUS_ROUNDS says how many rounds are run with torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import cloudpickle
+import pytest
+
+from rankwise import WorkerGroup, worker_info
+
+# By value: a worker need not import this file, and pytest with it.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+GROUPS = 8
+ROUNDS = int(os.environ.get("RANKWISE_RENDEZVOUS_ROUNDS", "2"))
+ROUNDS_WITHOUT_TORCH = 50
+LIMIT = 120  # seconds, for one round
+
+needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+
+# It keeps half of the ephemeral ports at most: the other half is for whoever starts a group here.
+# The pauses leave the two sides a processor each where there are two. End of file on stdin ends it.
+GRABBER = """
+import collections, resource, select, socket, sys
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+with open("/proc/sys/net/ipv4/ip_local_port_range") as file:
+    low, high = map(int, file.read().split())
+most = min((high - low) // 2, hard - 100)
+held = collections.deque()
+taken = refused = 0
+while True:
+    for port in range(low, high + 1):
+        if not port % 500 and select.select([sys.stdin], [], [], 0.001)[0]:
+            print(taken, refused)
+            sys.exit()
+        taker = socket.socket()
+        try:
+            taker.bind(("127.0.0.1", port))
+        except OSError:
+            taker.close()
+            refused += 1
+            continue
+        taken += 1
+        held.append(taker)
+        if len(held) > most:
+            held.popleft().close()
+"""
+
+
+@pytest.fixture
+def grabber() -> Iterator[None]:
+    """A process that takes free ports; it has been seen to take one that was let go."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", GRABBER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert _is_taken(_let_go())
+        yield
+        began = time.monotonic()
+        assert _is_taken(_let_go())  # and it still does
+        waited = time.monotonic() - began
+        output, _ = process.communicate(timeout=30)
+        taken, refused = map(int, output.split())
+        print(f"the grabber bound {taken} ports, the last after {waited * 1000:.0f} ms")
+        assert process.returncode == 0
+        assert taken > 1000
+        assert refused > 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _let_go() -> int:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        return chosen.getsockname()[1]
+
+
+def _is_taken(port: int) -> bool:
+    """Whether somebody has taken `port` within half a minute. It is tried, and let go, meanwhile."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                assert error.errno == errno.EADDRINUSE
+                return True
+        time.sleep(0.001)  # not to keep it from the grabber by trying
+    return False
+
+
+# -- the ranks --------------------------------------------------------------------------------
+
+
+class Meeting:
+    """Two ranks that meet at MASTER_PORT as torch's store does: rank 0 binds it, with SO_REUSEADDR,
+    on every interface, and listens; rank 1 connects."""
+
+    def __init__(self, group: int) -> None:
+        self.group = group
+
+    def meet(self) -> tuple[int, int]:
+        info = worker_info()
+        with socket.socket() as end:
+            if info.rank == 0:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                end.bind(("", info.master_port))
+                end.listen(1)
+                end.settimeout(LIMIT)
+                with end.accept()[0] as peer:
+                    peer.sendall(self.group.to_bytes(2, "big"))
+                    theirs = peer.recv(2)
+            else:
+                until = time.monotonic() + LIMIT
+                while end.connect_ex(("127.0.0.1", info.master_port)):
+                    if time.monotonic() > until:
+                        raise TimeoutError(f"nobody listens on {info.master_port}")
+                    time.sleep(0.001)
+                end.settimeout(LIMIT)
+                end.sendall(self.group.to_bytes(2, "big"))
+                theirs = end.recv(2)
+        return int.from_bytes(theirs, "big"), info.master_port
+
+
+class Reduction:
+    """Two ranks of torch's process group, met by rankwise or by torch alone."""
+
+    def __init__(self, group: int, ours: bool) -> None:
+        import torch.distributed
+
+        self.group = group
+        if ours:
+            import rankwise.torch
+
+            rankwise.torch.init_process_group(timeout=LIMIT)
+        else:
+            torch.distributed.init_process_group("gloo")
+
+    def meet(self) -> tuple[float, int]:
+        import torch
+
+        total = torch.tensor([float(self.group)])
+        torch.distributed.all_reduce(total)
+        return total.item() / 2, worker_info().master_port
+
+
+def _rounds(count: int, start: object, label: str) -> None:
+    """`count` rounds: `start(index)` makes the group `index`, all eight at the same moment."""
+    barrier = threading.Barrier(GROUPS)
+
+    def one(index: int) -> set[tuple[float, int]]:
+        barrier.wait(LIMIT)
+        with start(index) as group:
+            met = group.submit("meet").result(LIMIT)
+        return set(met)
+
+    seconds = []
+    with ThreadPoolExecutor(GROUPS) as pool:
+        for _ in range(count):
+            began = time.monotonic()
+            answers = list(pool.map(one, range(GROUPS)))
+            seconds.append(time.monotonic() - began)
+            # Both ranks of group i have met each other, and nobody of another group.
+            assert [{value for value, _ in answer} for answer in answers] == [
+                {index} for index in range(GROUPS)
+            ]
+            assert len({port for answer in answers for _, port in answer}) == GROUPS
+    print(
+        f"{label}: {count} rounds of {GROUPS} groups; a round took {min(seconds):.2f} to "
+        f"{max(seconds):.2f} s, {sum(seconds):.0f} s in all"
+    )
+
+
+# -- the promise ------------------------------------------------------------------------------
+
+
+def test_a_reserved_port_is_never_lost(grabber):
+    def start(index: int) -> WorkerGroup[Meeting]:
+        return WorkerGroup(Meeting, 2, args=(index,), start_method="forkserver")
+
+    _rounds(ROUNDS_WITHOUT_TORCH, start, "MASTER_PORT")
+
+
+@needs_torch
+@pytest.mark.parametrize("how", ["ours", "plain"])
+def test_eight_groups_at_once_never_collide(how, grabber):
+    def start(index: int) -> WorkerGroup[Reduction]:
+        return WorkerGroup(
+            Reduction,
+            2,
+            args=(index, how == "ours"),
+            start_method="forkserver",
+            preload=("torch",),
+            start_timeout=LIMIT,
+        )
+
+    _rounds(ROUNDS, start, how)
+
+
+def test_a_reserved_port_is_refused_to_everybody_else():
+    with WorkerGroup(Meeting, 2, args=(0,), start_method="forkserver") as group:
+        port = group[0].call(lambda worker: worker_info().master_port)
+        for address in ("127.0.0.1", ""):
+            with socket.socket() as other, pytest.raises(OSError) as refused:
+                other.bind((address, port))
+            assert refused.value.errno == errno.EADDRINUSE
+        assert {value for value, _ in group.call(Meeting.meet)} == {0}
