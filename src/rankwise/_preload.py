@@ -22,13 +22,12 @@ from rankwise.wire.control import frame
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
     import signal as _signal
+    from collections.abc import Mapping, Sequence
     from typing import Any, Final, NoReturn
 
     from rankwise._messages import Launch
     from rankwise.wire.control import ControlChannel
-
 else:
     import _signal
 

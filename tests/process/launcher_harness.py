@@ -17,9 +17,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 import rankwise._messages
+from rankwise import _procfs
 from rankwise._messages import (
     Exited,
     Finish,
@@ -35,11 +39,11 @@ from rankwise._messages import (
 from rankwise._preload import LAUNCHER
 from rankwise.wire.control import ControlChannel
 
-__all__ = ["SECONDS", "Group", "ended", "ends", "make_root"]
+__all__ = ["BORN", "FAMILY", "SECONDS", "Group", "Start", "ended", "ends", "lives"]
 
 SECONDS = 20.0  # no wait of these tests should take a tenth of it
 
-WORKER = '''
+WORKER = """
 import json, os, socket, sys
 
 def main():
@@ -56,7 +60,7 @@ def serve_process(rank, call_fd, status_fd, crash_fd, name):
             space["result"] = None
             exec(json.loads(line), space)
             sock.sendall(json.dumps(space["result"]).encode() + b"\\n")
-'''
+"""
 
 
 def make_root(directory: Path) -> Path:
@@ -71,12 +75,41 @@ def make_root(directory: Path) -> Path:
     return directory
 
 
+def lives(pid: int) -> bool:
+    process = _procfs.stat(pid)
+    return process is not None and process.state not in "ZX"
+
+
 def ended(pidfd: int, seconds: float = SECONDS) -> bool:
     """Whether a process ends in time: the kernel's word, and no sleep."""
     return bool(select.select([pidfd], [], [], seconds)[0])
 
 
-class ends:  # noqa: N801 - reads as a statement
+# What a rank may leave behind. Each prints the pid of a process that lives and heeds no SIGTERM.
+BORN = """
+import os, signal, subprocess, sys
+def born(*steps):
+    'A descendant: a child of a child where it says "orphan", of its own session where "session"'
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if "group" in steps: os.setpgid(0, 0)
+        if "session" in steps: os.setsid()
+        if "orphan" in steps and os.fork(): os._exit(0)
+        os.write(write_end, str(os.getpid()).encode())
+        while True: signal.pause()
+    if "orphan" in steps: os.waitpid(pid, 0)
+    os.close(write_end)
+    found = int(os.read(read_end, 20))
+    os.close(read_end)
+    return found
+"""
+KINDS = "born(), born('orphan'), born('session'), born('group'), born('session', 'orphan')"
+FAMILY = f"{BORN}\nresult = [{KINDS}]"
+
+
+class ends:
     """`with ends(*pids):` these processes live at the beginning and have ended soon after."""
 
     def __init__(self, *pids: int) -> None:
@@ -245,6 +278,34 @@ class Group:
     def ask(self, code: str, rank: int = 0) -> object:
         self.tell(code, rank)
         return self.answer(rank)
+
+
+Start = Callable[..., Group]
+
+# -- fixtures, for who names this file in `pytest_plugins` -----------------------------------------
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_root(tmp_path_factory.mktemp("root"))
+
+
+@pytest.fixture
+def start(root: Path) -> Iterator[Start]:
+    """Starts groups; at the end none of their processes is left."""
+    groups: list[Group] = []
+
+    def start(*args: object, **kwargs: object) -> Group:
+        groups.append(Group(root, *args, **kwargs))  # type: ignore[arg-type]
+        return groups[-1]
+
+    yield start
+    for group in groups:
+        group.close()
+        assert not [pid for pid in group.pids.values() if lives(pid)]
+
+
+# -- a driver that can be killed -------------------------------------------------------------------
 
 
 def main(root: str, world_size: str, code: str) -> None:

@@ -1,4 +1,4 @@
-"""The real launcher process, driven by a harness, with a stand-in worker that runs what it is told."""
+"""The real launcher process, driven by a harness: how ranks start, and how everything ends."""
 
 from __future__ import annotations
 
@@ -6,67 +6,20 @@ import json
 import os
 import re
 import resource
-import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import launcher_harness
 import pytest
-from launcher_harness import SECONDS, Group, ended, ends, make_root
+from launcher_harness import BORN, FAMILY, SECONDS, Start, ended, ends, lives
 
 from rankwise import _procfs
-from rankwise._messages import Exited, Finish, Gone, Shown, Spawned, SpawnFailed
+from rankwise._messages import Exited, Spawned, SpawnFailed
 
-Start = Callable[..., Group]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_root(tmp_path_factory.mktemp("root"))
-
-
-@pytest.fixture
-def start(root: Path) -> Iterator[Start]:
-    """Starts groups; at the end none of their processes is left."""
-    groups: list[Group] = []
-
-    def start(*args: object, **kwargs: object) -> Group:
-        groups.append(Group(root, *args, **kwargs))  # type: ignore[arg-type]
-        return groups[-1]
-
-    yield start
-    for group in groups:
-        pids = [pid for pid in group.pids.values() if _procfs.stat(pid)]
-        group.close()
-        assert [pid for pid in pids if (s := _procfs.stat(pid)) and s.state not in "ZX"] == []
-
-
-# What a rank may leave behind. Each prints the pid of a process that lives and heeds no SIGTERM.
-BORN = """
-import os, signal, subprocess, sys
-def born(*steps):
-    'A descendant: a child of a child where it says "orphan", of its own session where "session"'
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if not pid:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if "group" in steps: os.setpgid(0, 0)
-        if "session" in steps: os.setsid()
-        if "orphan" in steps and os.fork(): os._exit(0)
-        os.write(write_end, str(os.getpid()).encode())
-        while True: signal.pause()
-    if "orphan" in steps: os.waitpid(pid, 0)
-    os.close(write_end)
-    found = int(os.read(read_end, 20))
-    os.close(read_end)
-    return found
-"""
-KINDS = "born(), born('orphan'), born('session'), born('group'), born('session', 'orphan')"
-FAMILY = f"{BORN}\nresult = [{KINDS}]"
+pytest_plugins = ("launcher_harness",)
 
 
 def status_of(text: str, key: str) -> int:
@@ -84,8 +37,9 @@ def test_a_rank_gets_its_own_environment_descriptors_group_limits_and_signals(
     start: Start, start_method: str
 ) -> None:
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN), signal.signal(
-        signal.SIGCHLD, signal.SIG_IGN
+    before = (
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN),
     )
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
     try:
@@ -266,7 +220,7 @@ def test_a_dead_rank_takes_its_own_descendants_and_no_others(start: Start) -> No
         group.tell("os._exit(1)", 0)
         group.exited(0)
     for pid in others:  # type: ignore[attr-defined]
-        assert (process := _procfs.stat(pid)) and process.state != "Z"
+        assert lives(pid)
     assert group.finish() == []
 
 
@@ -347,245 +301,3 @@ def test_64_ranks_are_gone_within_moments_of_their_driver(start: Start, tmp_path
         began = time.monotonic()
         group.control.close()
     assert time.monotonic() - began < 2.0
-
-
-# -- output -----------------------------------------------------------------------------------
-
-
-def test_lines_carry_a_prefix_and_partial_ones_wait_for_their_end(start: Start) -> None:
-    group = start(2)
-    group.ask("os.write(1, b'one\\ntwo'); os.write(2, b'err\\r\\n')", 0)
-    group.ask("os.write(1, b'half')", 1)
-    zero = b"(g rank=0 pid=%d) " % group.pids[0]
-    one = b"(g rank=1 pid=%d) " % group.pids[1]
-    group.until(lambda: b"one" in group.shown[1] and b"err" in group.shown[2])
-    assert bytes(group.shown[1]) == zero + b"one\n"
-    assert bytes(group.shown[2]) == zero + b"err\n"
-    group.tell("os.write(1, b' -- and dead'); os._exit(1)", 0)
-    assert group.exited(0).log_tail == "one\ntwoerr\r\n -- and dead"
-    assert group.finish() == []
-    lines = group.shown[1].splitlines(keepends=True)
-    assert lines == [zero + b"one\n", zero + b"two -- and dead\n", one + b"half\n"]
-
-
-def test_color_marks_the_prefix_only(start: Start) -> None:
-    group = start(1, color=True)
-    group.ask("os.write(1, b'text\\n')")
-    assert group.finish() == []
-    pid = group.pids[0]
-    assert group.shown[1] == b"\x1b[36m(g rank=0 pid=%d)\x1b[0m text\n" % pid
-
-
-def test_inherit_passes_bytes_through_and_off_shows_none(start: Start) -> None:
-    written = b"\r 10%\r\nhalf"
-    for mode, shown in (("inherit", written), ("off", b"")):
-        group = start(1, mode=mode)
-        group.ask(f"os.write(1, {written!r})")
-        assert group.finish() == []
-        assert bytes(group.shown[1]) == shown
-        assert group.ended[0].log_tail == written.decode()
-
-
-def test_a_line_of_10_mb_arrives_whole_and_memory_of_the_tail_is_bounded(start: Start) -> None:
-    group = start()
-    group.tell("out = b'x' * (10 << 20) + b'end\\n'\nwhile out: out = out[os.write(1, out):]")
-    group.until(lambda: group.shown[1].endswith(b"end\n"))
-    line = bytes(group.shown[1])
-    assert line.removeprefix(b"(g rank=0 pid=%d) " % group.pids[0]) == b"x" * (10 << 20) + b"end\n"
-    assert group.answer() is None
-    assert group.finish() == []
-    assert len(group.ended[0].log_tail) == 1 << 16
-
-
-def test_a_flood_that_nobody_shows_is_dropped_counted_and_told(start: Start) -> None:
-    group = start(2)
-    group.acknowledge = False
-    group.ask("result = 1", 1)
-    before = _procfs.peak_rss(group.process.pid)
-    lines = 1_000_000
-    group.tell(
-        "out = b''.join(b'%07d' % i + b'x' * 92 + b'\\n' for i in range(1000))\n"
-        f"for _ in range({lines} // 1000):\n"
-        "    left = out\n"
-        "    while left: left = left[os.write(1, left):]\n"
-    )
-    while not select.select([group.calls[0]], [], [], 0)[0]:
-        group.hear(0.05)
-    group.answer()  # the rank was never made to wait for us
-    while group.hear(0.2):
-        pass
-    shown = group.shown[1].count(b"\n")
-    assert len(group.shown[1]) <= 16 << 20
-    assert len(group.shown[1]) > 15 << 20
-    assert group.shown[1].endswith(b"\n")
-    assert _procfs.peak_rss(group.process.pid) - before < 64 << 20
-    assert group.shown[2] == b""
-    group.acknowledge = True
-    group.send(Shown(len(group.shown[1])))
-    group.until(lambda: b"dropped" in group.shown[2])
-    told = b"(g) %d lines were dropped: the reader of this output is too slow\n" % (lines - shown)
-    assert bytes(group.shown[2]) == told
-    group.ask("print('again', flush=True)", 1)
-    group.until(lambda: b"again" in group.shown[1])
-    assert group.finish() == []
-    assert bytes(group.shown[2]) == told
-
-
-def test_what_was_dropped_is_told_at_the_end_at_the_latest(start: Start) -> None:
-    group = start(1)
-    group.acknowledge = False
-    group.ask("for _ in range(20): os.write(1, b'y' * (1 << 20) + b'\\n')")
-    assert group.finish() == []
-    dropped = 20 - group.shown[1].count(b"\n")
-    assert 1 < dropped < 20
-    assert group.shown[2].startswith(b"(g) %d lines were dropped" % dropped)
-
-
-def test_a_death_overtakes_output_that_the_driver_has_not_read(start: Start) -> None:
-    group = start(2)
-    group.ask("for _ in range(8): os.write(1, b'z' * (1 << 20) + b'\\n')")
-    group.tell("os._exit(7)", 1)
-    # The answer shows that all has been read by the launcher; what follows is read slowly.
-    assert group.exited(1).exitcode == 7
-    assert group.shown[1].count(b"\n") < 8
-    assert group.finish() == []
-    assert group.shown[1].count(b"\n") == 8
-
-
-def test_a_descendant_that_holds_the_pipe_does_not_delay_the_report(start: Start) -> None:
-    group = start(1)
-    # In a session of its own and with another RANK: it is taken for a living rank's and is spared.
-    group.ask(
-        "import subprocess\n"
-        "env = dict(os.environ, RANK='1')\n"
-        "child = subprocess.Popen(['sleep', '1000'], start_new_session=True, env=env)\n"
-        "os.write(1, b'half a line')"
-    )
-    group.tell("os._exit(0)")
-    assert group.exited().log_tail == "half a line"
-    assert group.finish() == []
-    assert group.shown[1].endswith(b"half a line\n")
-
-
-# -- forked ranks -----------------------------------------------------------------------------
-
-CLEAN = """
-import os, random
-pid = os.getpid()
-os.environ["SET_BY_IMPORT"] = "1"
-os.environ["COMMON"] = "2"
-print("imported")
-"""
-THREAD = """
-import os, threading
-os.environ["SET_BY_IMPORT"] = "1"
-threading.Thread(target=threading.Event().wait, daemon=True).start()
-"""
-
-
-@pytest.fixture
-def module(root: Path) -> Iterator[Callable[[str], str]]:
-    made: list[Path] = []
-
-    def module(code: str) -> str:
-        name = f"preloaded_{time.monotonic_ns()}"
-        made.append(root / f"{name}.py")
-        made[-1].write_text(code)
-        return name
-
-    yield module
-    for path in made:
-        path.unlink()
-
-
-def test_forked_ranks_share_what_was_imported_once(
-    start: Start, module: Callable[[str], str]
-) -> None:
-    name = module(CLEAN)
-    group = start(3, start_method="forkserver", preload=(name,), environment={"OWN": "1"})
-    assert group.preloaded().refused is None
-    asked = f"""
-import random
-result = [sys.modules[{name!r}].pid, os.environ["COMMON"], os.environ["OWN"],
-          os.environ["SET_BY_IMPORT"], os.environ.get("OMP_NUM_THREADS"),
-          os.popen("echo $RANK").read(), open("/proc/self/comm").read(), random.random()]
-"""
-    seen = [group.ask(asked, rank) for rank in range(3)]
-    for rank, answer in enumerate(seen):
-        assert answer[:-1] == [  # type: ignore[index]
-            group.process.pid, "2", "1", "1", os.environ.get("OMP_NUM_THREADS"),
-            f"{rank}\n", f"g:{rank}\n",
-        ]  # fmt: skip
-    assert len({answer[-1] for answer in seen}) == 3  # type: ignore[index]
-    assert group.shown[1] == b""  # what the launcher had buffered is not printed by each rank
-    for sock in group.calls:
-        sock.shutdown(1)
-    assert [group.exited(rank).exitcode for rank in range(3)] == [0, 0, 0]
-    assert group.finish() == []
-
-
-def test_the_end_of_a_forked_rank_is_an_ordinary_end_of_an_interpreter(
-    start: Start, module: Callable[[str], str]
-) -> None:
-    name = module("import atexit, os\natexit.register(lambda: os.write(1, b'bye\\n'))\n")
-    group = start(2, start_method="forkserver", preload=(name,))
-    group.ask("sys.stdout.write('buffered\\n')", 0)
-    group.calls[0].shutdown(1)
-    assert group.exited(0).exitcode == 0
-    assert sorted(group.exited(0).log_tail.split()) == ["buffered", "bye"]
-    assert group.finish() == []
-    assert b"rank=1" not in group.shown[1]  # nor by the launcher itself, which ends with os._exit
-
-
-def test_a_launcher_that_is_not_clean_spawns_and_says_why(
-    start: Start, module: Callable[[str], str]
-) -> None:
-    name = module(THREAD)
-    group = start(2, start_method="forkserver", preload=(name,))
-    assert "thread runs" in (group.preloaded().refused or "")
-    for rank in range(2):
-        asked = f"result = [{name!r} in sys.modules, os.environ.get('SET_BY_IMPORT')]"
-        assert group.ask(asked, rank) == [False, None]
-    assert os.listdir(f"/proc/{group.process.pid}/task") == [str(group.process.pid)]
-    family = group.ask(FAMILY)
-    with ends(*family):  # type: ignore[misc]
-        assert group.finish() == []
-
-
-@pytest.mark.parametrize("code", ["import no_such_module", "raise SystemExit(3)", "1/0"])
-def test_a_preload_that_fails_fails_every_rank_with_its_traceback(
-    start: Start, module: Callable[[str], str], code: str
-) -> None:
-    name = module(code)
-    group = start(2, start_method="forkserver", preload=(name,), wait=False)
-    for failed in group.failures():
-        assert failed.reason.startswith(f"preload: importing {name!r} failed\n")
-        assert f"{name}.py" in failed.reason
-        assert code in failed.reason
-    assert group.all_of(Spawned) == []
-    assert [sock.recv(1) for sock in group.calls] == [b"", b""]
-    assert group.finish() == []
-
-
-@pytest.mark.parametrize("word", ["finish", "close"])
-@pytest.mark.parametrize("holds", ["import time; time.sleep", "import ctypes; ctypes.PyDLL(None).sleep"])
-def test_a_preload_that_never_returns_ends_when_the_driver_says_so(
-    start: Start, module: Callable[[str], str], word: str, holds: str, tmp_path: Path
-) -> None:
-    fifo = tmp_path / "fifo"
-    os.mkfifo(fifo)
-    name = module(
-        "import os, subprocess\n"
-        "child = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
-        f"with open({str(fifo)!r}, 'w') as fifo: print(child.pid, file=fifo)\n"
-        f"{holds}(1000)"
-    )
-    group = start(2, start_method="forkserver", preload=(name,), wait=False)
-    child = int(fifo.read_text())
-    with ends(group.process.pid, child):
-        if word == "finish":
-            group.send(Finish())
-        else:
-            group.control.close()
-        group.process.wait(SECONDS)
-    assert group.all_of(Gone) == []
