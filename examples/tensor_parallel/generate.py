@@ -24,9 +24,9 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -50,6 +50,16 @@ START: dict[str, Any] = {
 }
 
 
+class Task(NamedTuple):
+    """What both groups are to do."""
+
+    model: Path
+    prompt: list[int]
+    limit: int  # so many new tokens at most
+    stop: set[int]  # the tokens that end a text
+    placement: dict[str, Any]
+
+
 class Shard:
     """One rank's part of the model, and the cache of the text that all ranks are writing."""
 
@@ -65,13 +75,9 @@ class Shard:
 
         began = report(f"torch {torch.__version__}, transformers {transformers.__version__}", began)
         rankwise.torch.init_process_group()
-        began = report(f"process group, {torch.distributed.get_backend()}", began)
+        report(f"process group, {torch.distributed.get_backend()}", began)
         self.model: Any = load(path)
         self.model.to(rankwise.torch.device())  # one rank alone is loaded on the CPU
-        whole = self.model.num_parameters()
-        parts = (p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters())
-        part = sum(tensor.numel() for tensor in parts)
-        report(f"{part:,} of {whole:,} weights", began)
 
     def __enter__(self) -> Shard:
         return self
@@ -80,6 +86,11 @@ class Shard:
         import torch
 
         torch.distributed.destroy_process_group()
+
+    def weights(self) -> tuple[int, int]:
+        """How many numbers this rank holds, and the whole model."""
+        parts = (p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters())
+        return sum(part.numel() for part in parts), self.model.num_parameters()
 
     def prefill(self, prompt: list[int]) -> int:
         """Forget the last text, read `prompt` and return the token that follows it."""
@@ -156,7 +167,7 @@ def first_sentence(error: BaseException) -> str:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` and, over it, `generation_config.json`; exits with a sentence without them."""
+    """`config.json` and, over it, `generation_config.json` where there is one."""
     if not directory.is_dir():
         sys.exit(f"generate.py: {directory} is not a directory")
     settings: dict[str, Any] = {}
@@ -219,20 +230,40 @@ def placement(world_size: int) -> dict[str, Any]:
     return {"env": QUIET | {"CUDA_VISIBLE_DEVICES": ""}}
 
 
-def decode(group: WorkerGroup, prompt: list[int], limit: int, stop: set[int]) -> Iterator[int]:
+def decode(group: WorkerGroup, task: Task) -> Iterator[int]:
     """Greedy tokens, each as soon as rank 0 has it: all ranks run a call, one of them answers."""
     head = group.options(reply_from=0)
-    token = head.call(Shard.prefill, prompt)
+    token = head.call(Shard.prefill, task.prompt)
     yield token
-    for _ in range(limit - 1):
-        if token in stop:
+    for _ in range(task.limit - 1):
+        if token in task.stop:
             return
         token = head.call(Shard.next_token)
         yield token
 
 
+def write(task: Task, world_size: int, show: Callable[[int], None]) -> tuple[list[int], str]:
+    """Start so many ranks, show each token when it comes, end them; the tokens and their rate."""
+    tokens: list[int] = []
+    times: list[float] = []
+    began = time.monotonic()
+    print(f"starting {world_size} {'ranks' if world_size > 1 else 'rank'}", flush=True)
+    start = START | task.placement | {"args": (str(task.model), began)}
+    with WorkerGroup(Shard, world_size, **start) as group:
+        part, whole = group[0].call(Shard.weights)
+        print(f"ready after {time.monotonic() - began:.2f} s, {part:,} of {whole:,} weights a rank\n")
+        for token in decode(group, task):
+            times.append(time.monotonic())
+            tokens.append(token)
+            show(token)
+    if len(times) < 2:
+        return tokens, "too few to tell the rate"
+    # The first took the whole prompt.
+    return tokens, f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens a second"
+
+
 def run(options: argparse.Namespace) -> None:
-    """Start, write, check: in the order of the output."""
+    """Check what can be checked at once, write, and write again with one rank."""
     config = read_config(options.model)
     tokenizer = read_tokenizer(options.model)
     prompt = tokenizer.encode(options.prompt).ids
@@ -240,39 +271,23 @@ def run(options: argparse.Namespace) -> None:
     eos = config.get("eos_token_id")
     stop = set(eos if isinstance(eos, list) else [eos])
     where = placement(options.world_size)
+    task = Task(options.model, prompt, options.max_new_tokens, stop, where)
 
-    def tokens_of(world_size: int) -> Iterator[int]:
-        """Start so many ranks, let them write, end them."""
-        began = time.monotonic()
-        print(f"starting {world_size} {'ranks' if world_size > 1 else 'rank'}", flush=True)
-        args = (str(options.model), began)
-        with WorkerGroup(Shard, world_size, args=args, **START, **where) as group:
-            print(f"ready after {time.monotonic() - began:.2f} s\n", flush=True)
-            yield from decode(group, prompt, options.max_new_tokens, stop)
+    text = DecodeStream(prompt, skip_special_tokens=True)
+    pieces = iter([options.prompt])  # goes before the first token, when that has come
 
-    tokens, times = [], []
-    text = DecodeStream(skip_special_tokens=True)
-    for token in tokens_of(options.world_size):
-        times.append(time.monotonic())
-        if not tokens:
-            print(options.prompt, end="")
-        tokens.append(token)
-        print(text.step(tokenizer, token) or "", end="", flush=True)
-    print(f"\n\n{len(tokens)} tokens, {rate(times)}\n")
+    def show(token: int) -> None:
+        print(next(pieces, "") + (text.step(tokenizer, token) or ""), end="", flush=True)
 
-    if options.world_size > 1:
-        pairs = [(token, time.monotonic()) for token in tokens_of(1)]
-        if (alone := [token for token, _ in pairs]) != tokens:
-            same = next(i for i, pair in enumerate(zip(alone, tokens)) if pair[0] != pair[1])
-            sys.exit(f"generate.py: one rank alone writes another token after {same} equal ones")
-        print(f"the same {len(tokens)} tokens, {rate([when for _, when in pairs])}")
-
-
-def rate(times: list[float]) -> str:
-    """The tokens after the first, whose time is the prompt's, a second."""
-    if len(times) < 2:
-        return "too few to tell the rate"
-    return f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens a second"
+    tokens, rate = write(task, options.world_size, show)
+    print(f"\n\n{len(tokens)} tokens, {rate}\n")
+    if options.world_size == 1:
+        return
+    alone, rate = write(task, 1, lambda token: None)
+    if alone != tokens:
+        same = next(i for i, (a, b) in enumerate(zip(alone, tokens, strict=False)) if a != b)
+        sys.exit(f"generate.py: one rank alone writes another token after {same} equal ones")
+    print(f"the same {len(tokens)} tokens, {rate}")
 
 
 parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])

@@ -56,7 +56,7 @@ def encode_failure(failed: Failed) -> bytes:
     name = _type_name(type(error))
     try:
         message = str(error)
-    except Exception:
+    except BaseException:
         message = "(its message could not be made)"
     return plain_dumps((failed.when, name, message, text, _pickled(error)), 5)
 
@@ -74,7 +74,7 @@ def _pickled(error: BaseException) -> bytes | None:
         # its args dies in `loads`.
         if type(codec.loads(data)) is not type(error):
             return None
-    except Exception:
+    except BaseException:
         return None
     return data
 
@@ -88,7 +88,7 @@ def _format(error: BaseException) -> str:
         if trace is not None and trace.tb_frame.f_code is capture.__code__:
             trace = trace.tb_next
         return "".join(traceback.format_exception(type(error), error, trace))
-    except Exception:
+    except BaseException:
         return f"(the traceback of a {type(error).__name__} could not be written)"
 
 

@@ -159,7 +159,7 @@ def _answer(
             return ACK, b""
         try:
             return OK, codec.encode_result(outcome.value)
-        except Exception as error:
+        except BaseException as error:  # its own __reduce__ may even call sys.exit
             outcome = Failed(error)
     return FAILED, encode_failure(outcome)
 

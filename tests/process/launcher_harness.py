@@ -3,7 +3,7 @@
     Group > Popen(launcher) ==Launch=> launcher > stand-in worker
           > ask(rank, code) ==one line of JSON=> exec ==one line of JSON=> `result`
 
-The stand-in is found because it lies in a package `rankwise` of its own, in which everything else is
+The stand-in is found because it lies in a package `rankwise` of its own, in which all else is
 a link to the real one. Run as a script this file is a driver that can be killed.
 """
 
@@ -282,7 +282,7 @@ class Group:
 
 Start = Callable[..., Group]
 
-# -- fixtures, for who names this file in `pytest_plugins` -----------------------------------------
+# -- fixtures: conftest.py makes them known ------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,6 @@ from launcher_harness import BORN, FAMILY, SECONDS, Start, ended, ends, lives
 from rankwise import _procfs
 from rankwise._messages import Exited, Spawned, SpawnFailed
 
-pytest_plugins = ("launcher_harness",)
-
 
 def status_of(text: str, key: str) -> int:
     """A signal mask in /proc/PID/status."""

@@ -12,8 +12,6 @@ from launcher_harness import FAMILY, SECONDS, Start, ends
 
 from rankwise._messages import Finish, Gone, Spawned
 
-pytest_plugins = ("launcher_harness",)
-
 CLEAN = """
 import os, random
 pid = os.getpid()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import select
+import time
 
-from launcher_harness import Start
+from launcher_harness import SECONDS, Start
 
 from rankwise import _procfs
 from rankwise._messages import Shown
-
-pytest_plugins = ("launcher_harness",)
 
 
 def test_lines_carry_a_prefix_and_partial_ones_wait_for_their_end(start: Start) -> None:
@@ -105,7 +104,10 @@ def test_a_death_overtakes_output_that_the_driver_has_not_read(start: Start) -> 
     group = start(2)
     group.ask("for _ in range(8): os.write(1, b'z' * (1 << 20) + b'\\n')")
     group.tell("os._exit(7)", 1)
-    # The answer shows that all has been read by the launcher; what follows is read slowly.
+    deadline = time.monotonic() + SECONDS
+    while _procfs.stat(group.pids[1]):  # until it is reaped, which no descriptor tells
+        assert time.monotonic() < deadline
+    # Now 8 MB are queued ahead of the report.
     assert group.exited(1).exitcode == 7
     assert group.shown[1].count(b"\n") < 8
     assert group.finish() == []

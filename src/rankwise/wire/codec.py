@@ -173,7 +173,7 @@ def travels_by_value(obj: Any) -> bool:
     if module_by_value(obj.__module__):
         return True
     found = sys.modules[obj.__module__]
-    qualname: str = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", "")
+    qualname: Any = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", "")
     for name in qualname.split("."):
         found = getattr(found, name, None)
     return found is not obj

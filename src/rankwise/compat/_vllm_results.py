@@ -1,0 +1,281 @@
+"""Results on their way to who waits for them.
+
+    answer of a worker > Pending.arrived > ResultQueue > ResultHandler.run > future    nobody waits
+    answer of a worker > Pending.attend, in the waiter's own thread > future           somebody does
+
+In the module that this one succeeds every result passes through the handler's thread. Here that is
+the way of a result that nobody waits for; who waits in `get()` (or awaits) reads the worker's socket
+himself, once the handler has been started, and settles the future as the handler would have done:
+out of `tasks` first. Whoever comes first to decode an answer takes its ticket; the other leaves.
+"""
+
+from __future__ import annotations
+
+import threading
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar, cast
+
+from rankwise._deadline import check_timeout, deadline, left
+from rankwise.compat._vllm_worker import _TERMINATE, Result, logger
+from rankwise.errors import WorkerDied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Generator
+
+    from rankwise._calls import Call
+    from rankwise.compat._vllm_process import WorkerProcess
+
+    AnyFuture = "ResultFuture[Any] | asyncio.Future[Any]"
+
+T = TypeVar("T")
+
+
+class Pending:
+    """A task that was sent to a worker; its answer, once the call is settled."""
+
+    __slots__ = ("_ticket", "_waiting", "call", "handler", "process", "task_id")
+
+    def __init__(
+        self, task_id: object, call: Call, process: WorkerProcess, handler: ResultHandler
+    ) -> None:
+        self.task_id = task_id
+        self.call = call
+        self.process = process
+        self.handler = handler
+        self._waiting: list[None] = []  # one item a waiter; lists change in one step
+        self._ticket = [None]
+        call.watchers = [self.arrived]
+
+    def arrived(self) -> None:
+        """The call is settled. Runs where the sockets are read: it may only pass the word on."""
+        if not self._waiting or not self.handler.running:
+            self.handler.result_queue.put(self)
+
+    def take(self) -> bool:
+        """Whether the caller is to decode it: True for one caller alone."""
+        try:
+            self._ticket.pop()
+        except IndexError:
+            return False
+        return True
+
+    def result(self) -> Result[Any]:
+        value, exception = self.process.outcome(self.call)
+        return Result(self.task_id, value, exception)
+
+    def settle(self) -> None:
+        """Decode the answer and settle its future, unless somebody else is at it."""
+        if self.take():
+            try:
+                self.handler.settle(self.result())
+            except BaseException:  # ^C, say
+                self._ticket.append(None)
+                raise
+
+    def attend(self, until: float | None) -> None:
+        """Wait for the answer, reading the worker's socket, and settle the future with it."""
+        if not self.handler.running:
+            return  # nothing is settled before the handler runs
+        self._waiting.append(None)
+        try:
+            if self.process.wait(self.call, until):
+                self.settle()
+        finally:
+            self._leave()
+
+    async def attend_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The same in an event loop."""
+        if not self.handler.running:
+            return
+        self._waiting.append(None)
+        try:
+            await _Arrival(self, loop)
+            self.settle()
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        self._waiting.pop()
+        if self.call.done and self.task_id in self.handler.tasks:
+            self.handler.result_queue.put(self)  # we were interrupted: then it is the handler's
+
+    def close(self) -> Result[Any]:
+        """The handler ends: the result that is there by now, or that it will not come."""
+        if self.call.done:
+            return self.result()
+        return Result(self.task_id, exception=self.process.died(self.call))
+
+    def release(self) -> None:
+        """The future has been settled: let go who still waits for the answer."""
+        if not self.call.done:
+            self.process.settle(self.call)
+
+
+class _Arrival:
+    def __init__(self, pending: Pending, loop: asyncio.AbstractEventLoop) -> None:
+        self._pending = pending
+        self._loop = loop
+
+    def __await__(self) -> Generator[object, None, None]:
+        return self._pending.process.await_call(self._pending.call, self._loop)
+
+
+class ResultQueue(SimpleQueue[Any]):
+    """Takes `Result` objects, and gives them; what a worker has answered is decoded by `get`."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        while True:
+            item = super().get(block, timeout)
+            if not isinstance(item, Pending):
+                return item
+            if item.take():
+                return item.result()
+
+    def get_nowait(self) -> Any:
+        return self.get(False)
+
+
+class ResultFuture(threading.Event, Generic[T]):
+    """A task's outcome to come, for threads: set once `result` is there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.result: Result[T] | None = None
+        self.pending: Pending | None = None
+
+    def set_result(self, result: Result[T]) -> None:
+        """Settle it, and let everybody go who waits for it."""
+        self.result = result
+        self.set()
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.release()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is settled, `timeout` seconds at most. Returns whether it is."""
+        pending = self.pending
+        if pending is None or self.is_set():
+            return super().wait(timeout)
+        until = deadline(check_timeout(timeout))
+        pending.attend(until)
+        return super().wait(left(until))
+
+    def get(self) -> T:
+        """Wait, and return the task's value or raise its exception.
+
+        Raises WorkerDied, a ChildProcessError that begins with "worker died", where none will come.
+        """
+        self.wait()
+        result = self.result
+        assert result is not None
+        if result.exception is not None:
+            raise result.exception
+        return cast("T", result.value)
+
+
+def _set_future_result(
+    future: ResultFuture[Any] | asyncio.Future[Any], result: Result[Any]
+) -> None:
+    """Settle either kind of future, from any thread. One whose loop is closed is left alone."""
+    if isinstance(future, ResultFuture):
+        future.set_result(result)
+        return
+    from asyncio import _get_running_loop
+
+    loop = future.get_loop()
+    if loop.is_closed():
+        return
+    if _get_running_loop() is loop:
+        _settle_in_loop(future, result)
+        return
+    try:
+        loop.call_soon_threadsafe(_settle_in_loop, future, result)
+    except RuntimeError:
+        pass  # it was closed just now
+
+
+def _settle_in_loop(future: asyncio.Future[Any], result: Result[Any]) -> None:
+    if future.done():
+        return  # its task was cancelled
+    if result.exception is None:
+        future.set_result(result.value)
+    elif isinstance(result.exception, StopIteration):
+        # asyncio refuses it, and the waiter would wait for ever.
+        error = RuntimeError("the task raised StopIteration")
+        error.__cause__ = result.exception
+        future.set_exception(error)
+    else:
+        future.set_exception(result.exception)
+
+
+class ResultHandler(threading.Thread):
+    """Settles the futures of all workers. A daemon thread; `start()` is the caller's to call.
+
+    result_queue: takes `Result` objects. tasks: the open ones, task id -> ResultFuture or
+    asyncio.Future; an entry goes when its future is settled.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="rankwise-results", daemon=True)
+        self.result_queue = ResultQueue()
+        self.tasks: dict[object, ResultFuture[Any] | asyncio.Future[Any]] = {}
+        self.running = False  # from now on who waits may settle his future himself
+        self.closed = False
+        self.sent: dict[object, Pending] = {}
+        self._order = threading.Lock()
+
+    def run(self) -> None:
+        self.running = True
+        try:
+            for result in iter(self.result_queue.get, _TERMINATE):
+                try:
+                    self.settle(result)
+                except Exception:
+                    # What was put here is no Result, say. The answers behind it matter more.
+                    logger.exception("a result could not be handed over")
+        finally:
+            self.running = False
+            self._settle_all()
+
+    def close(self) -> None:
+        """End the thread. Every task that is open then gets a ChildProcessError."""
+        with self._order:
+            self.closed = True
+        self.result_queue.put(_TERMINATE)
+        if self.ident is None and not self.running:
+            self._settle_all()  # it was never started, and nobody is to wait for ever
+
+    def expect(self, pending: Pending) -> None:
+        """`pending`, whose future is in `tasks`, is about to be sent. Raises ValueError if closed."""
+        # Either close() comes first and the task is refused, or this does and `_settle_all` finds
+        # it: no task can slip in between and wait for ever.
+        with self._order:
+            if self.closed:
+                raise ValueError("the ResultHandler is closed")
+            self.sent[pending.task_id] = pending
+
+    def forget(self, task_id: object) -> None:
+        self.tasks.pop(task_id, None)
+        self.sent.pop(task_id, None)
+
+    def settle(self, result: Result[Any]) -> None:
+        """Settle the future of `result`; one that is not known is nobody's any more."""
+        self.sent.pop(result.task_id, None)
+        future = self.tasks.pop(result.task_id, None)
+        if future is not None:
+            _set_future_result(future, result)
+
+    def _settle_all(self) -> None:
+        for task_id in list(self.tasks):
+            future = self.tasks.pop(task_id, None)
+            pending = self.sent.pop(task_id, None)
+            if future is None:
+                continue
+            if pending is None:
+                error = WorkerDied("worker died: the ResultHandler was closed")
+                _set_future_result(future, Result(task_id, exception=error))
+            else:
+                _set_future_result(future, pending.close())
+                pending.release()

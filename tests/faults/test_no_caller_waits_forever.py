@@ -1,0 +1,271 @@
+"""stage x fault x start method x waiter: what the caller gets, and that it gets it soon.
+
+Every group has two ranks; rank 1 goes wrong. Where a process ends, the error names the rank, the pid
+and how it ended; where code raises, the caller gets what was raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import signal
+import time
+
+import pytest
+from faulty import FAULTS, RANK, Bomb, Faulty, Oops
+
+from rankwise import (
+    GroupBroken,
+    RemoteError,
+    StartupError,
+    StartupTimeout,
+    WorkerDied,
+    WorkerGroup,
+)
+
+SOON = 5.0  # seconds; a hang is minutes. Medians are the benchmark's business, not the tests'.
+
+EXITS = {
+    "os._exit": 3,
+    "SIGKILL": -signal.SIGKILL,
+    "SIGSEGV": -signal.SIGSEGV,
+    "SIGABRT": -signal.SIGABRT,
+    "SIGTERM": -signal.SIGTERM,
+}
+
+START = {
+    "spawn": {"start_method": "spawn"},
+    "forkserver": {"start_method": "forkserver", "preload": ("json",)},
+}
+
+methods = pytest.mark.parametrize("method", START)
+
+
+@pytest.fixture(autouse=True)
+def _soon():
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < SOON + 3.0
+
+
+def start(stage: str, fault: str, method: str, **options: object) -> WorkerGroup:
+    return WorkerGroup(Faulty, 2, args=(stage, fault), **START[method], **options)
+
+
+def check_death(error: BaseException, fault: str) -> None:
+    assert isinstance(error, WorkerDied), error
+    assert error.rank == RANK
+    assert error.exitcode == EXITS[fault]
+    assert f"rank {RANK} (pid {error.pid})" in str(error)
+    words = f"exited with status {error.exitcode}" if error.exitcode >= 0 else fault
+    assert words in str(error)
+    if fault in ("SIGSEGV", "SIGABRT"):
+        assert "Fatal Python error" in (error.stack or "")
+
+
+# -- before the group is there ----------------------------------------------------------------
+
+
+@methods
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("stage", ["import", "construct", "enter"])
+def test_a_start_that_fails_names_rank_and_phase(stage: str, fault: str, method: str) -> None:
+    args = ("", "", Bomb(fault)) if stage == "import" else (stage, fault)
+    with pytest.raises(StartupError) as caught:
+        WorkerGroup(Faulty, 2, args=args, **START[method])
+    error = caught.value
+    assert error.rank == RANK
+    assert error.phase == ("import" if stage == "import" else "construct")
+    assert f"rank {RANK}" in str(error) and repr(error.phase) in str(error)
+    if fault == "raise":
+        assert isinstance(error.__cause__, Oops)
+        assert error.exit_status is None
+    elif fault == "SystemExit":
+        assert isinstance(error.__cause__, RemoteError)
+        assert error.__cause__.type_name == "SystemExit"
+    else:
+        assert error.exit_status == EXITS[fault]
+        check_death(error.__cause__, fault)
+
+
+@methods
+@pytest.mark.parametrize("fault", ["sleep", "hold-gil", "SIGSTOP"])
+@pytest.mark.parametrize("stage", ["import", "construct", "enter"])
+def test_a_start_that_sticks_ends_at_start_timeout(stage: str, fault: str, method: str) -> None:
+    args = ("", "", Bomb(fault)) if stage == "import" else (stage, fault)
+    with pytest.raises(StartupTimeout) as caught:
+        WorkerGroup(Faulty, 2, args=args, start_timeout=1.0, **START[method])
+    error = caught.value
+    assert error.phases == {RANK: "import" if stage == "import" else "construct"}
+    assert f"rank {RANK}" in str(error)
+
+
+@methods
+def test_an_interpreter_that_cannot_start_is_reported(method: str, monkeypatch) -> None:
+    import sys
+
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises((StartupError, OSError)) as caught:
+        WorkerGroup(Faulty, 2, args=("", ""), **START[method])
+    assert "/nonexistent/python" in str(caught.value)
+
+
+@methods
+def test_a_module_that_ranks_cannot_import_is_reported(method: str) -> None:
+    env = {"FAULTY_IMPORT": "1"}
+    with pytest.raises(StartupError) as caught:
+        WorkerGroup(lambda: __import__("no_such_module_here"), 2, env=env, **START[method])
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+    assert "no_such_module_here" in str(caught.value)
+
+
+# -- in a call --------------------------------------------------------------------------------
+
+
+def by_call(group: WorkerGroup, *args: object) -> None:
+    group.call(Faulty.work, *args)
+
+
+def by_result(group: WorkerGroup, *args: object) -> None:
+    group.submit(Faulty.work, *args).result()
+
+
+def by_callback(group: WorkerGroup, *args: object) -> None:
+    done: queue.SimpleQueue = queue.SimpleQueue()
+    group.submit(Faulty.work, *args).add_done_callback(done.put)
+    done.get(timeout=SOON).result()
+
+
+def by_await(group: WorkerGroup, *args: object) -> None:
+    async def main() -> None:
+        await group.submit(Faulty.work, *args)
+
+    asyncio.run(main())
+
+
+def by_each(group: WorkerGroup, *args: object) -> None:
+    for future in reversed(group.submit_each(Faulty.work, *args)):
+        future.result()
+
+
+waiters = pytest.mark.parametrize(
+    "waiter", [by_call, by_result, by_callback, by_await, by_each], ids=lambda f: f.__name__
+)
+
+
+@methods
+@waiters
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("stage", ["load", "run", "reply"])
+def test_no_caller_waits_forever(stage: str, fault: str, waiter, method: str) -> None:
+    args = (Bomb(fault),) if stage == "load" else ()
+    with start(stage, fault, method) as group:
+        with pytest.raises(Exception) as caught:
+            waiter(group, *args)
+        error = caught.value
+        if fault == "raise":
+            # What a result's own __reduce__ raises is the reason why it cannot travel.
+            assert isinstance(error, Oops) or isinstance(error.__cause__, RemoteError)
+            assert group[1 - RANK].call(Faulty.pid) == group.pids[1 - RANK]
+        elif fault == "SystemExit":
+            assert isinstance(error, RemoteError)
+            assert error.type_name == "SystemExit"
+            assert group.call(Faulty.pid) == group.pids
+        else:
+            if waiter is by_each and isinstance(error, GroupBroken):
+                assert isinstance(error.first, WorkerDied)
+                error = error.first
+            check_death(error, fault)
+            assert error.method == "work"
+            with pytest.raises(GroupBroken) as later:
+                group.call(Faulty.pid)
+            check_death(later.value.first, fault)
+
+
+@methods
+@pytest.mark.parametrize("fault", ["os._exit", "SIGKILL", "SIGSEGV", "SIGABRT", "SIGTERM"])
+def test_a_rank_that_dies_idle_breaks_the_group(fault: str, method: str) -> None:
+    import os
+
+    read_end, write_end = os.pipe()
+    os.set_inheritable(read_end, True)
+    failures: queue.SimpleQueue = queue.SimpleQueue()
+    try:
+        with start("", "", method, on_failure=failures.put) as group:
+            # The rank opens its own end: a pipe of the driver's does not reach a spawned process.
+            path = f"/proc/{os.getpid()}/fd/{read_end}"
+            group[RANK].call(_die_when_readable, fault, path)
+            os.write(write_end, b"x")
+            failure = failures.get(timeout=SOON)
+            check_death(failure.first, fault)
+            assert failure.first.method is None
+            assert not group.healthy
+            assert isinstance(group.failure, GroupBroken)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def _die_when_readable(worker: Faulty, fault: str, path: str) -> None:
+    import os
+
+    worker.thread_then_die(fault, os.open(path, os.O_RDONLY))
+
+
+@methods
+@pytest.mark.parametrize("fault", ["os._exit", "SIGKILL", "raise"])
+def test_a_failure_reaches_the_caller_while_peers_are_stuck(
+    fault: str, method: str, tmp_path
+) -> None:
+    with start("run", fault, method) as group:
+        began = time.monotonic()
+        with pytest.raises(Exception) as caught:
+            group.options(grace=0.2).call(Faulty.wait_for_a_file, str(tmp_path / "never"))
+        assert time.monotonic() - began < 1.0
+        if fault == "raise":
+            assert isinstance(caught.value, Oops)
+            assert f"rank {RANK}" in caught.value.__notes__[0]
+        else:
+            check_death(caught.value, fault)
+
+
+@methods
+@pytest.mark.parametrize("fault", ["sleep", "hold-gil", "SIGSTOP"])
+def test_a_stuck_rank_costs_its_timeout_and_no_more(fault: str, method: str) -> None:
+    group = start("run", fault, method)
+    try:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError) as caught:
+            group.options(timeout=0.3).call(Faulty.work)
+        assert 0.25 < time.monotonic() - began < 1.0
+        assert caught.value.missing == (RANK,)
+        assert caught.value.answered == (1 - RANK,)
+        assert caught.value.states[RANK] == ("stopped" if fault == "SIGSTOP" else "running")
+        assert group[1 - RANK].call(Faulty.pid) == group.pids[1 - RANK]
+    finally:
+        began = time.monotonic()
+        group.close(timeout=0.3)
+        assert time.monotonic() - began < 3.0
+
+
+# -- at the end -------------------------------------------------------------------------------
+
+
+@methods
+@pytest.mark.parametrize("fault", ["raise", "SystemExit", "os._exit", "SIGKILL", "SIGSEGV"])
+@pytest.mark.parametrize("stage", ["exit", "atexit"])
+def test_close_ends_whatever_the_rank_does(stage: str, fault: str, method: str) -> None:
+    group = start(stage, fault, method)
+    assert group.call(Faulty.work) == [0, 1]
+    group.close()
+    assert not group.healthy
+
+
+@methods
+@pytest.mark.parametrize("fault", ["sleep", "hold-gil", "SIGSTOP"])
+@pytest.mark.parametrize("stage", ["exit", "atexit"])
+def test_close_ends_a_rank_that_will_not_leave(stage: str, fault: str, method: str) -> None:
+    group = start(stage, fault, method)
+    began = time.monotonic()
+    group.close(timeout=0.3)
+    assert time.monotonic() - began < 3.0

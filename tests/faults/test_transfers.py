@@ -1,0 +1,64 @@
+"""Deaths in the middle of large transfers: no lock is shared, so nobody is left waiting."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+
+import pytest
+
+from rankwise import GroupBroken, WorkerDied, WorkerGroup
+
+
+class Mirror:
+    def mirror(self, data: bytes) -> bytes:
+        return data
+
+    def length(self, data: bytes) -> int:
+        return len(data)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_kill_at_a_random_moment_of_a_transfer_settles_every_future(seed: int) -> None:
+    chance = random.Random(seed)
+    data = b"x" * (8 << 20)
+    with WorkerGroup(Mirror, 2) as group:
+        victim = chance.randrange(2)
+        futures = [group.submit(Mirror.mirror, data) for _ in range(4)]
+        timer = threading.Timer(chance.random() * 0.05, os.kill, (group.pids[victim], signal.SIGKILL))
+        timer.start()
+        outcomes = []
+        for future in futures:
+            try:
+                outcomes.append([len(part) for part in future.result(timeout=20)])
+            except WorkerDied as error:
+                assert error.rank == victim
+                outcomes.append(error)
+            except GroupBroken as error:
+                assert isinstance(error.first, WorkerDied)
+                outcomes.append(error)
+        timer.join()
+        assert len(outcomes) == len(futures)
+        for outcome in outcomes:
+            assert isinstance(outcome, GroupBroken) or outcome == [len(data)] * 2
+
+
+def test_a_rank_that_is_killed_while_it_writes_leaves_the_others_alone() -> None:
+    """One channel a rank: a lock or a queue that all share would be stuck for good."""
+    data = b"x" * (32 << 20)
+    with WorkerGroup(Mirror, 1) as first, WorkerGroup(Mirror, 1) as second:
+        lost = first.submit(Mirror.mirror, data)
+        os.kill(first.pids[0], signal.SIGKILL)
+        with pytest.raises(WorkerDied):
+            lost.result(timeout=20)
+        assert second.call(Mirror.length, data) == [len(data)]
+
+
+def test_a_driver_that_never_reads_does_not_block_its_own_submits() -> None:
+    """Both directions full at once is the classic deadlock of a driver that blocks in send."""
+    data = b"x" * 100_000
+    with WorkerGroup(Mirror, 2) as group:
+        futures = [group.submit(Mirror.mirror, data) for _ in range(300)]
+        assert all(future.result(timeout=60) == [data, data] for future in futures)

@@ -1,0 +1,164 @@
+"""Guarantee 4: a death is seen although forked children hold the dead one's descriptors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+from drivers import SECONDS, Script, Watch, in_thread, until
+
+from rankwise import GroupBroken, WorkerDied, WorkerGroup
+
+HEARD = 0.5
+
+
+class Worker:
+    def echo(self, value):
+        return value
+
+    def fork(self, how):
+        """A child that holds whatever it inherited, and does nothing."""
+        import ctypes
+
+        read, write = os.pipe()
+        pid = os.fork() if how == "python" else ctypes.CDLL(None).fork()
+        if pid == 0:
+            os.close(write)
+            os.read(read, 1)  # until its parent has gone and the pipe ends
+            time.sleep(600)
+        os.close(read)
+        self.keep = write
+        return pid
+
+    def fork_in_a_thread_that_stays(self, how):
+        import threading
+
+        pids = []
+        thread = threading.Thread(target=lambda: pids.append(self.fork(how)))
+        thread.start()
+        thread.join()
+        return pids[0]
+
+    def run(self, path):
+        fd = os.open(path, os.O_WRONLY)
+        os.write(fd, b"x")
+        os.close(fd)
+        time.sleep(600)
+
+
+@pytest.fixture
+def group():
+    made = WorkerGroup(Worker, 2, logs="off")
+    yield made
+    made.kill()
+
+
+@pytest.mark.parametrize("verb", ["fork", "fork_in_a_thread_that_stays"])
+@pytest.mark.parametrize("how", ["python", "libc"])
+@pytest.mark.parametrize("stage", ["idle", "running"])
+def test_a_death_is_seen_while_the_workers_child_holds_its_descriptors(
+    group, how, stage, verb, tmp_path
+):
+    child = group[1].call(verb, how)
+    with Watch([child]) as watch:
+        waits = None
+        if stage == "running":
+            path = str(tmp_path / "fifo")
+            os.mkfifo(path)
+            waits = in_thread(lambda: group.call("run", path))
+            with open(path, "rb") as fifo:
+                assert fifo.read(1)
+        began = time.monotonic()
+        os.kill(group.pids[1], signal.SIGKILL)
+        if waits is not None:
+            with pytest.raises(WorkerDied) as caught:
+                waits.value(5)
+            assert caught.value.rank == 1
+        else:
+            until(lambda: not group.healthy, 5)
+            with pytest.raises(GroupBroken):
+                group.call("echo", 1)
+        assert time.monotonic() - began < HEARD
+        group.close()
+        assert watch.left(1) == []
+
+
+@pytest.mark.parametrize("how", ["python", "libc"])
+def test_a_worker_with_a_forked_child_goes_on_answering(group, how):
+    child = group[0].call("fork", how)
+    with Watch([child]) as watch:
+        assert group.call("echo", 1) == [1, 1]
+        assert watch.left(0) == [child]
+        group.close()
+        assert watch.left(1) == []
+
+
+DRIVER = """
+class Worker:
+    def pids(self): return [os.getpid(), os.getppid()]
+group = WorkerGroup(Worker, 2)
+pids = group.call("pids")
+fork = os.fork if {how!r} == "python" else ctypes.CDLL(None).fork
+child = fork()
+if child == 0:
+    time.sleep(600)
+say(pids=pids, child=child, again=group.call("pids"))
+hear()
+"""
+
+
+@pytest.mark.parametrize("how", ["python", "libc"])
+def test_the_drivers_death_is_seen_while_its_child_holds_its_descriptors(how):
+    with Script(DRIVER.format(how=how)) as script:
+        said = script.line()
+        assert said["again"] == said["pids"]
+        pids = {pid for pair in said["pids"] for pid in pair}
+        with Watch([said["child"]]), Watch(pids) as watch:
+            script.kill()
+            assert watch.left(0.5) == []
+
+
+@pytest.mark.parametrize("how", ["python", "libc"])
+def test_a_workers_death_is_seen_while_the_drivers_child_holds_its_descriptors(how):
+    code = DRIVER.format(how=how) + (
+        "began = time.monotonic()\n"
+        "os.kill(pids[1][0], signal.SIGKILL)\n"
+        "try: group.call(lambda worker: time.sleep(600))\n"
+        "except WorkerGroupError as error: say(rank=getattr(error, 'rank', None) if isinstance("
+        "error, WorkerDied) else error.first.rank, seconds=time.monotonic() - began)\n"
+        "hear()\n"
+        "began = time.monotonic()\n"
+        "group.close()\n"
+        "say(closed=time.monotonic() - began)\n"
+    )
+    with Script(code) as script:
+        said = script.line()
+        with Watch([said["child"]]):
+            script.tell()
+            heard = script.line()
+            assert heard["rank"] == 1
+            assert heard["seconds"] < HEARD
+            script.tell()
+            assert script.line()["closed"] < 3
+            assert script.end() == 0
+
+
+@pytest.mark.parametrize("how", ["python", "libc"])
+def test_close_ends_in_order_while_the_drivers_child_holds_its_descriptors(how):
+    code = DRIVER.format(how=how) + (
+        "began = time.monotonic()\n"
+        "group.close(None)\n"
+        "say(closed=time.monotonic() - began)\n"
+    )
+    with Script(code) as script:
+        said = script.line()
+        with Watch([said["child"]]) as child, Watch(
+            {pid for pair in said["pids"] for pid in pair}
+        ) as watch:
+            script.tell()
+            assert script.line(SECONDS)["closed"] < 3
+            assert watch.left(0.5) == []
+            assert child.left(0) == [said["child"]]
+            assert script.end() == 0

@@ -1,0 +1,460 @@
+"""Guarantee 8: signals, environment and forks of the driver are its own."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from drivers import PRELUDE, SECONDS, Script, Watch, readable
+
+WORKER = """
+class Worker:
+    def __init__(self, slow=False):
+        if slow:
+            print("construct", flush=True)
+            time.sleep(600)
+    def echo(self, value): return value
+    def pids(self): return [os.getpid(), os.getppid()]
+    def work(self):
+        print("working", flush=True)
+        while not current_call().cancelled():
+            time.sleep(0.01)
+    def work_on(self):
+        print("working", flush=True)
+        time.sleep(600)
+    def hold(self, path):
+        with open(path, "rb") as file: return file.read().decode()
+    def finish(self, path):
+        with open(path, "a") as file: file.write("x")
+    def __enter__(self): return self
+    def __exit__(self, *error):
+        if self.__dict__.get("slow_exit"):
+            print("leaving", flush=True)
+            time.sleep(600)
+    def be_slow(self): self.slow_exit = True
+"""
+
+
+# -- handlers and environment -------------------------------------------------------------------
+
+
+STATE = """
+def state():
+    handlers = {int(n): repr(signal.getsignal(n)) for n in signal.valid_signals()}
+    mask = sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+    with open("/proc/self/status") as file:
+        masks = [line for line in file if line.startswith(("SigBlk", "SigIgn", "SigCgt"))]
+    return json.loads(json.dumps(dict(
+        handlers=handlers, mask=mask, masks=masks, environ=dict(os.environ), cwd=os.getcwd(),
+        path=list(sys.path), argv=sys.argv, hook=repr(sys.excepthook),
+        wakeup=signal.set_wakeup_fd(-1), umask=os.umask(0o22),
+    )))
+"""
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_signal_handlers_mask_and_environment_are_unchanged(start_method):
+    code = f"""{WORKER}{STATE}
+before = state()
+with WorkerGroup(Worker, 2, env={{"ONLY_THERE": "1"}}, threads=1,
+                 start_method={start_method!r}) as group:
+    group.call("echo", 1)
+    try: group[0].call(lambda worker: 1 / 0)
+    except ZeroDivisionError: pass
+    inside = state()
+after = state()
+say(before=before, inside=inside, after=after)
+"""
+    with Script(code) as script:
+        said = script.line()
+        assert said["inside"] == said["before"]
+        assert said["after"] == said["before"]
+        assert script.end() == 0
+
+
+def test_a_group_works_off_the_main_thread_and_with_sigchld_ignored():
+    code = f"""{WORKER}
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+def work():
+    with WorkerGroup(Worker, 2) as group:
+        say(value=group.call("echo", 5))
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+try: os.wait()
+except ChildProcessError: say(children="none")
+"""
+    with Script(code) as script:
+        assert script.line()["value"] == [5, 5]
+        assert script.line()["children"] == "none"
+        assert script.end() == 0
+        assert script.errors() == ""
+
+
+def test_a_driver_that_waits_for_any_child_takes_nothing_from_the_group():
+    """os.wait() in the user's own code may reap the launcher: the end is known all the same."""
+    code = f"""{WORKER}
+group = WorkerGroup(Worker, 2)
+pids = group.call("pids")
+def reap():
+    try:
+        while True: os.wait()
+    except ChildProcessError: pass
+thread = threading.Thread(target=reap, daemon=True)
+thread.start()
+group.call("echo", 1)
+began = time.monotonic()
+group.close()
+say(seconds=time.monotonic() - began)
+"""
+    with Script(code) as script:
+        assert script.line()["seconds"] < 2
+        assert script.end() == 0
+        assert script.errors() == ""
+
+
+# -- ^C on a terminal -----------------------------------------------------------------------------
+
+
+class Terminal:
+    """A session of its own on a pseudo-terminal, as a shell would start it."""
+
+    def __init__(self, code: str) -> None:
+        self.fd, inner = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + textwrap.dedent(code)],
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )
+        os.close(inner)
+        self.text = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(SECONDS)
+        os.close(self.fd)
+
+    def see(self, word: str, count: int = 1) -> None:
+        deadline = time.monotonic() + SECONDS
+        while self.text.count(word) < count:
+            assert readable(self.fd, max(0, deadline - time.monotonic())), self.text
+            assert self.read(), f"ended before {word!r}:\n{self.text}"
+
+    def read(self) -> bool:
+        try:
+            data = os.read(self.fd, 65536)
+        except OSError:
+            return False
+        self.text += data.decode(errors="replace")
+        return bool(data)
+
+    def press(self, key: bytes = b"\x03") -> None:
+        os.write(self.fd, key)
+
+    def end(self, seconds: float) -> int:
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None:
+            left = deadline - time.monotonic()
+            assert left > 0, f"it goes on {seconds} s after ^C:\n{self.text}"
+            if select.select([self.fd], [], [], min(left, 0.02))[0]:
+                self.read()
+        while readable(self.fd, 0) and self.read():
+            pass
+        return self.process.returncode
+
+
+def pids_in(text: str) -> list[int]:
+    return sorted({int(pid) for pid in re.findall(r"\d+", re.search(r'"pids": (.*)\}', text)[1])})
+
+
+INTERRUPTED = (-signal.SIGINT, 130)
+
+
+def assert_one_traceback(text: str) -> None:
+    assert text.count("Traceback (most recent call last)") == 1, text
+    assert text.rstrip().endswith("KeyboardInterrupt"), text
+    assert "\x1b" not in text.rsplit("KeyboardInterrupt", 1)[1], text
+
+
+@pytest.mark.parametrize("body", ["plain", "with"])
+@pytest.mark.parametrize("stage", ["idle", "call", "result", "await"])
+def test_control_c_ends_the_driver_alone(stage, body):
+    wait = {
+        "idle": "print('now', flush=True); time.sleep(600)",
+        "call": "group.call('work')",
+        "result": "group.submit('work').result()",
+        "await": "__import__('asyncio').run(wait_for(group))",
+    }[stage]
+    seen = "now" if stage == "idle" else "working"
+    inner = f"say(pids=group.call('pids')); {wait}"
+    if body == "with":
+        block = f"with WorkerGroup(Worker, 2) as group:\n    {inner}\n"
+    else:
+        block = f"group = WorkerGroup(Worker, 2)\n{inner}\n"
+    code = f"{WORKER}\nasync def wait_for(group): await group.submit('work')\n{block}"
+    with Terminal(code) as terminal:
+        terminal.see("pids")
+        terminal.see("\n", 1)
+        terminal.see(seen, 1 if seen == "now" else 2)
+        with Watch(pids_in(terminal.text)) as watch:
+            terminal.press()
+            assert terminal.end(5) in INTERRUPTED
+            assert watch.left(0.5) == []
+    if stage != "await":  # asyncio.run raises its own over the task's CancelledError
+        assert_one_traceback(terminal.text)
+
+
+def test_a_second_control_c_ends_the_wait_for_calls_that_do_not_look():
+    code = f"""{WORKER}
+with WorkerGroup(Worker, 2) as group:
+    say(pids=group.call("pids"))
+    try:
+        group.call("work_on")
+    finally:
+        print("on the way out", flush=True)
+"""
+    with Terminal(code) as terminal:
+        terminal.see("working", 2)
+        with Watch(pids_in(terminal.text)) as watch:
+            terminal.press()
+            terminal.see("on the way out")
+            pressed = time.monotonic()
+            terminal.press()
+            assert terminal.end(5) in INTERRUPTED
+            assert time.monotonic() - pressed < 2
+            assert watch.left(0.5) == []
+
+
+def test_control_c_in_a_start_leaves_nothing():
+    code = f"{WORKER}\nWorkerGroup(Worker, 2, args=(True,))\n"
+    with Terminal(code) as terminal:
+        terminal.see("construct", 2)
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(terminal.process.pid)],
+            capture_output=True, text=True, check=False,
+        ).stdout.split()  # fmt: skip
+        launcher = int(children[0])
+        with open(f"/proc/{launcher}/task/{launcher}/children") as file:
+            workers = [int(pid) for pid in file.read().split()]
+        assert len(workers) == 2
+        with Watch([launcher, *workers]) as watch:
+            pressed = time.monotonic()
+            terminal.press()
+            assert terminal.end(5) in INTERRUPTED
+            assert time.monotonic() - pressed < 2
+            assert watch.left(0.5) == []
+    assert_one_traceback(terminal.text)
+
+
+@pytest.mark.parametrize("form", ["close", "with"])
+def test_control_c_turns_the_wait_of_close_into_a_kill(form):
+    tail = "group.call('be_slow')\n"
+    if form == "close":
+        block = f"group = WorkerGroup(Worker, 2)\nsay(pids=group.call('pids'))\n{tail}group.close(None)\n"
+    else:
+        block = (
+            f"with WorkerGroup(Worker, 2) as group:\n    say(pids=group.call('pids'))\n    {tail}"
+        )
+    with Terminal(WORKER + block) as terminal:
+        terminal.see("leaving", 2)
+        with Watch(pids_in(terminal.text)) as watch:
+            pressed = time.monotonic()
+            terminal.press()
+            assert terminal.end(5) in INTERRUPTED
+            assert time.monotonic() - pressed < 2
+            assert watch.left(0.5) == []
+    assert_one_traceback(terminal.text)
+
+
+def test_a_call_goes_on_after_control_c_and_the_group_is_usable():
+    code = f"""{WORKER}
+group = WorkerGroup(Worker, 2)
+def slow(worker):
+    print("working", flush=True)
+    worker.finished = 0
+    time.sleep(0.3)
+    worker.finished = 1
+    return "late"
+try: group.call(slow)
+except KeyboardInterrupt: print("caught", flush=True)
+say(value=group.options(timeout=10).call(lambda worker: worker.finished))
+group.close()
+"""
+    with Terminal(code) as terminal:
+        terminal.see("working", 2)
+        terminal.press()
+        terminal.see("caught")
+        terminal.see('"value": [1, 1]')
+        assert terminal.end(5) == 0
+    assert "Traceback" not in terminal.text
+
+
+# -- fork -------------------------------------------------------------------------------------------
+
+
+FORK = f"""{WORKER}
+group = WorkerGroup(Worker, 2)
+view = group[0]
+future = group[0].submit("hold", sys.argv[1])
+done = group[1].submit("echo", 2)
+done.result()
+pids = group.pids
+read, write = os.pipe()
+owner = os.getpid()
+child = os.fork()
+if child == 0:
+    tried = {{}}
+    import asyncio
+    attempts = dict(
+        call=lambda: group.call("echo", 1),
+        submit=lambda: group.submit("echo", 1),
+        view=lambda: view.call("echo", 1),
+        index=lambda: group[1].call("echo", 1),
+        scatter=lambda: group.scatter("echo", [1, 2]),
+        submit_each=lambda: group.submit_each("echo", 1),
+        rpc=lambda: group.collective_rpc("echo", args=(1,)),
+        flush=lambda: group.flush(5),
+        close=lambda: group.close(),
+        kill=lambda: group.kill(),
+        shutdown=lambda: group.shutdown(),
+        result=lambda: future.result(5),
+        aclose=lambda: asyncio.run(group.aclose()),
+    )
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            tried[name] = "no error"
+        except RuntimeError as error:
+            tried[name] = str(error)
+        except BaseException as error:
+            tried[name] = repr(error)
+    try:
+        with group: tried["with"] = "left"
+    except BaseException as error:
+        tried["with"] = repr(error)
+    os.write(write, json.dumps(tried).encode())
+    os.close(write)
+    %(leave)s
+os.close(write)
+data = b""
+while more := os.read(read, 65536): data += more
+_, status = os.waitpid(child, 0)
+with open(sys.argv[1], "wb") as file: file.write(b"held")
+say(tried=json.loads(data), owner=owner, status=status, future=future.result(5),
+    again=[pid for pid, _ in group.call("pids")] == pids)
+began = time.monotonic()
+group.close()
+say(closed=time.monotonic() - began)
+"""
+
+
+@pytest.mark.parametrize(
+    "leave", ["os._exit(0)", "sys.exit(0)", "del group, view, future; sys.exit(0)"]
+)
+def test_a_forked_childs_copy_is_inert_and_the_parent_goes_on(leave, tmp_path):
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    with Script(FORK % {"leave": leave}, path) as script:
+        said = script.line()
+        tried = said["tried"]
+        assert tried.pop("with") == "left"
+        wrong = {name: text for name, text in tried.items() if str(said["owner"]) not in text}
+        assert not wrong
+        assert said["status"] == 0
+        assert said["again"] is True
+        assert said["future"] == "held"
+        assert script.line()["closed"] < 2
+        assert script.end() == 0
+        assert script.errors() == ""
+
+
+def test_a_child_that_was_forked_inside_with_leaves_the_block_without_touching_the_group():
+    code = f"""{WORKER}
+with WorkerGroup(Worker, 2) as group:
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        say(status=status, value=group.call("echo", 3))
+"""
+    with Script(code) as script:
+        assert script.line() == {"status": 0, "value": [3, 3]}
+        assert script.end() == 0
+        assert script.errors() == ""
+
+
+def test_a_forked_child_can_make_a_group_of_its_own():
+    code = f"""{WORKER}
+group = WorkerGroup(Worker, 1)
+child = os.fork()
+if child == 0:
+    with WorkerGroup(Worker, 1) as own:
+        say(value=own.call("echo", "own"))
+    sys.exit(0)
+_, status = os.waitpid(child, 0)
+say(status=status, value=group.call("echo", "mine"))
+group.close()
+"""
+    with Script(code) as script:
+        assert script.line()["value"] == ["own"]
+        assert script.line() == {"status": 0, "value": ["mine"]}
+        assert script.end() == 0
+        assert script.errors() == ""
+
+
+def test_a_child_forked_by_multiprocessing_while_other_threads_call_is_no_deadlock():
+    code = f"""{WORKER}
+group = WorkerGroup(Worker, 2)
+stop = threading.Event()
+def churn():
+    while not stop.is_set(): group.call("echo", 1)
+threads = [threading.Thread(target=churn) for _ in range(3)]
+for thread in threads: thread.start()
+statuses = []
+for number in range(30):
+    child = os.fork()
+    if child == 0:
+        try: group.call("echo", 1)
+        except RuntimeError: os._exit(0)
+        os._exit(1)
+    statuses.append(os.waitpid(child, 0)[1])
+stop.set()
+for thread in threads: thread.join()
+say(statuses=statuses, value=group.call("echo", 2))
+group.close()
+"""
+    with Script(code, flags=("-W", "ignore::DeprecationWarning")) as script:
+        assert script.line() == {"statuses": [0] * 30, "value": [2, 2]}
+        assert script.end() == 0
+
+
+def test_a_group_cannot_be_pickled():
+    import copy
+    import pickle
+
+    from rankwise import WorkerGroup
+
+    class Worker:
+        def echo(self, value):
+            return value
+
+    with WorkerGroup(Worker, 1, backend="inline") as group:
+        for thing in (group, group[0], group.options(timeout=1)):
+            with pytest.raises(TypeError, match="pickle"):
+                pickle.dumps(thing)
+            with pytest.raises(TypeError):
+                copy.copy(thing)
