@@ -214,7 +214,8 @@ class Group:
             if isinstance(message, Output):
                 self.shown[message.stream] += message.data
                 if self.acknowledge:
-                    self.send(Shown(len(message.data)))
+                    self.control.send(Shown(len(message.data)))
+                    self.control.flush()  # what it does not take leaves with the next
                 continue
             self.heard.append(message)
             if isinstance(message, Spawned):

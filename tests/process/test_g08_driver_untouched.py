@@ -48,14 +48,16 @@ class Worker:
 
 STATE = """
 def state():
+    umask = os.umask(0)
+    os.umask(umask)
     handlers = {int(n): repr(signal.getsignal(n)) for n in signal.valid_signals()}
     mask = sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ())))
     with open("/proc/self/status") as file:
-        masks = [line for line in file if line.startswith(("SigBlk", "SigIgn", "SigCgt"))]
+        masks = [line for line in file if line.startswith(("SigBlk", "SigIgn"))]
     return json.loads(json.dumps(dict(
         handlers=handlers, mask=mask, masks=masks, environ=dict(os.environ), cwd=os.getcwd(),
         path=list(sys.path), argv=sys.argv, hook=repr(sys.excepthook),
-        wakeup=signal.set_wakeup_fd(-1), umask=os.umask(0o22),
+        wakeup=signal.set_wakeup_fd(-1), umask=umask,
     )))
 """
 

@@ -31,7 +31,7 @@ from rankwise import WorkerGroup, worker_info
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 GROUPS = 8
-ROUNDS = int(os.environ.get("RANKWISE_RENDEZVOUS_ROUNDS", "2"))
+ROUNDS = int(os.environ.get("RANKWISE_RENDEZVOUS_ROUNDS", "1"))
 ROUNDS_WITHOUT_TORCH = 50
 LIMIT = 120  # seconds, for one round
 
@@ -97,7 +97,7 @@ def _let_go() -> int:
 
 
 def _is_taken(port: int) -> bool:
-    """Whether somebody has taken `port` within half a minute. It is tried, and let go, meanwhile."""
+    """Whether somebody takes `port` within half a minute. It is tried, and let go, meanwhile."""
     until = time.monotonic() + 30
     while time.monotonic() < until:
         with socket.socket() as probe:

@@ -4,14 +4,16 @@
     answer of a worker > Pending.attend, in the waiter's own thread > future           somebody does
 
 In the module that this one succeeds every result passes through the handler's thread. Here that is
-the way of a result that nobody waits for; who waits in `get()` (or awaits) reads the worker's socket
-himself, once the handler has been started, and settles the future as the handler would have done:
-out of `tasks` first. Whoever comes first to decode an answer takes its ticket; the other leaves.
+the way of a result that nobody waits for (within a quarter of a second, or when `is_set` is asked).
+Who waits in `get()`, or awaits, reads the worker's socket himself, once the handler has been
+started, and settles the future as the handler would have done: out of `tasks` first. Whoever comes
+first to decode an answer takes its ticket; the other leaves.
 """
 
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar, cast
 
@@ -77,6 +79,7 @@ class Pending:
     def attend(self, until: float | None) -> None:
         """Wait for the answer, reading the worker's socket, and settle the future with it."""
         if not self.handler.running:
+            self.process.watch(self.call)
             return  # nothing is settled before the handler runs
         self._waiting.append(None)
         try:
@@ -85,9 +88,17 @@ class Pending:
         finally:
             self._leave()
 
+    def look(self) -> None:
+        """Settle the future if the answer is there. Never waits."""
+        if self.handler.running:
+            self.process.look()
+            if self.call.done:
+                self.settle()
+
     async def attend_in(self, loop: asyncio.AbstractEventLoop) -> None:
         """The same in an event loop."""
         if not self.handler.running:
+            self.process.watch(self.call)
             return
         self._waiting.append(None)
         try:
@@ -98,7 +109,9 @@ class Pending:
 
     def _leave(self) -> None:
         self._waiting.pop()
-        if self.call.done and self.task_id in self.handler.tasks:
+        if not self.call.done:
+            self.process.watch(self.call)  # patience ran out, and may be all that there was
+        elif self.task_id in self.handler.tasks:
             self.handler.result_queue.put(self)  # we were interrupted: then it is the handler's
 
     def close(self) -> Result[Any]:
@@ -145,6 +158,12 @@ class ResultFuture(threading.Event, Generic[T]):
         self.result: Result[T] | None = None
         self.pending: Pending | None = None
 
+    def is_set(self) -> bool:
+        pending = self.pending
+        if pending is not None and not super().is_set():
+            pending.look()
+        return super().is_set()
+
     def set_result(self, result: Result[T]) -> None:
         """Settle it, and let everybody go who waits for it."""
         self.result = result
@@ -156,7 +175,7 @@ class ResultFuture(threading.Event, Generic[T]):
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until it is settled, `timeout` seconds at most. Returns whether it is."""
         pending = self.pending
-        if pending is None or self.is_set():
+        if pending is None or super().is_set():
             return super().wait(timeout)
         until = deadline(check_timeout(timeout))
         pending.attend(until)
@@ -190,10 +209,8 @@ def _set_future_result(
     if _get_running_loop() is loop:
         _settle_in_loop(future, result)
         return
-    try:
+    with suppress(RuntimeError):  # it is closed just now
         loop.call_soon_threadsafe(_settle_in_loop, future, result)
-    except RuntimeError:
-        pass  # it was closed just now
 
 
 def _settle_in_loop(future: asyncio.Future[Any], result: Result[Any]) -> None:
@@ -248,7 +265,7 @@ class ResultHandler(threading.Thread):
             self._settle_all()  # it was never started, and nobody is to wait for ever
 
     def expect(self, pending: Pending) -> None:
-        """`pending`, whose future is in `tasks`, is about to be sent. Raises ValueError if closed."""
+        """`pending`, whose future is in `tasks`, is about to be sent. ValueError: we are closed."""
         # Either close() comes first and the task is refused, or this does and `_settle_all` finds
         # it: no task can slip in between and wait for ever.
         with self._order:

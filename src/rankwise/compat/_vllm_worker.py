@@ -1,7 +1,7 @@
 """What runs in a worker of `multiproc_worker_utils`.
 
-    driver ==(name | callable | pickled callable)==> rankwise's loop > Served > run_task > your worker
-    driver <==value, or the exception==  rankwise's loop <-- logged here with its traceback <--'
+    driver ==(name | callable | pickled callable)==> rankwise's loop > Served > run_task > method
+    driver <==(value | exception)==================< rankwise's loop < logged, if it raises <--'
 
     _run_worker_process: the same worker behind two queues, for who brings a process (or a thread)
     of his own.
@@ -122,7 +122,9 @@ def run_task(worker: object, method: Method, /, *args: Any, **kwargs: Any) -> ob
         raise
 
 
-def given_worker(method: bytes | Callable[..., object], served: Served, /, *args: Any, **kwargs: Any) -> object:
+def given_worker(
+    method: bytes | Callable[..., object], served: Served, /, *args: Any, **kwargs: Any
+) -> object:
     """Run a callable (or a pickled one), which is given the real worker first."""
     return run_task(_real(served), method, *args, **kwargs)
 

@@ -3,6 +3,7 @@
     execute_method > _TaskQueue ==frame==> worker process > your method           (_vllm_worker)
     ResultFuture   < Pending < ResultHandler, or the waiter  <==frame==  answer   (_vllm_results)
     WorkerMonitor  < WorkerProcess.sentinel: one ends, and all are ended          (_vllm_process)
+    set_multiprocessing_worker_envs: before all this, in the parent           (_vllm_environment)
 
 Each ProcessWorkerWrapper is a rankwise group of one rank, so it has what every group has: no queue
 that a dying worker can leave locked, workers that go with their driver, answers that cannot be lost
@@ -13,11 +14,11 @@ tells what differs from the original.
 from __future__ import annotations
 
 import itertools
-import os
-import sys
 import threading
 from typing import Any
 
+from rankwise.compat._vllm_calls import make_call
+from rankwise.compat._vllm_environment import mp_context, set_multiprocessing_worker_envs
 from rankwise.compat._vllm_process import WorkerProcess
 from rankwise.compat._vllm_results import (
     Pending,
@@ -40,7 +41,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
-    from multiprocessing.context import BaseContext
 
     from rankwise.compat._vllm_worker import Method
 
@@ -89,7 +89,7 @@ class ProcessWorkerWrapper:
         vllm_config: Any,
         rank: int,
     ) -> None:
-        self.mp = _mp_context()
+        self.mp = mp_context()
         self.rank = rank
         self.result_queue = result_handler.result_queue
         self.tasks = result_handler.tasks
@@ -131,7 +131,7 @@ class ProcessWorkerWrapper:
         task_id = next(_task_ids)
         self.tasks[task_id] = future
         try:
-            return self._task_queue.put((task_id, method, args, kwargs))
+            return self._task_queue.send(task_id, method, args, kwargs)
         except BaseException as error:
             self._task_queue.forget(task_id)
             if isinstance(error, ValueError) and self._task_queue.closed:
@@ -153,7 +153,7 @@ class ProcessWorkerWrapper:
 
 
 class _TaskQueue:
-    """What a task goes into: `(task_id, method, args, kwargs)`, or "TERMINATE" to end the worker."""
+    """Takes `(task_id, method, args, kwargs)`, or "TERMINATE" to end the worker."""
 
     def __init__(self, process: WorkerProcess, handler: ResultHandler) -> None:
         self._process = process
@@ -164,16 +164,21 @@ class _TaskQueue:
     def closed(self) -> bool:
         return self._ended or self._handler.closed
 
-    def put(self, item: Any) -> Any:
+    def put(self, item: Any) -> None:
         """Send a task. Raises ValueError where the queue is closed, WorkerDied where the worker is
         no more, SerializationError before anything is sent."""
-        if self._ended:
-            raise ValueError("the task queue is closed")
         if isinstance(item, str) and item == _TERMINATE:
+            self._check_open()
             self._process.finish_queued()
-            return None
-        task_id, method, args, kwargs = item
-        call = self._process.make_call(method, args, kwargs)
+        else:
+            self.send(*item)
+
+    def send(
+        self, task_id: object, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Pending:
+        """`put`, for a task: gives the way to its answer."""
+        self._check_open()
+        call = make_call(method, args, kwargs)
         pending = Pending(task_id, call, self._process, self._handler)
         future = self._handler.tasks.get(task_id)
         if isinstance(future, ResultFuture):
@@ -181,6 +186,10 @@ class _TaskQueue:
         self._handler.expect(pending)
         self._process.submit(call)
         return pending
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise ValueError("the task queue is closed")
 
     def forget(self, task_id: object) -> None:
         """A task was not sent after all."""
@@ -191,7 +200,7 @@ class _TaskQueue:
 
 
 class WorkerMonitor(threading.Thread):
-    """Ends all workers when one of them ends. A daemon thread; `start()` is the caller's to call."""
+    """Ends all workers when one of them ends. A daemon thread, not started by its constructor."""
 
     def __init__(
         self, workers: Sequence[ProcessWorkerWrapper], result_handler: ResultHandler
@@ -240,56 +249,3 @@ class WorkerMonitor(threading.Thread):
             for worker in self.workers:
                 worker.terminate_worker()
             self.result_handler.close()
-
-
-def _mp_context() -> BaseContext:
-    """The multiprocessing context that VLLM_WORKER_MULTIPROC_METHOD names. By default "spawn",
-    which is how rankwise starts a worker whatever the variable says."""
-    import multiprocessing
-
-    return multiprocessing.get_context(os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") or "spawn")
-
-
-def set_multiprocessing_worker_envs(parallel_config: object) -> None:
-    """Set what workers shall inherit in the caller's own environment, before they are started.
-
-    VLLM_WORKER_MULTIPROC_METHOD becomes "spawn", with the reason logged, where CUDA is initialised
-    or the process is a Ray actor. Where OMP_NUM_THREADS is unset and torch is there and uses more
-    than one thread, that becomes 1, in the variable and in torch.
-    """
-    _force_spawn_where_needed()
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    try:
-        import torch
-    except ImportError:
-        return
-    threads = torch.get_num_threads()
-    if threads > 1:
-        logger.warning(
-            "Torch uses 1 thread a process from now on, not %d: the workers would compete for the "
-            "CPUs. Set OMP_NUM_THREADS before the start to choose another number.",
-            threads,
-        )
-        os.environ["OMP_NUM_THREADS"] = "1"
-        torch.set_num_threads(1)
-
-
-def _force_spawn_where_needed() -> None:
-    if os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == "spawn":
-        return
-    # Who has initialised CUDA or runs in an actor has imported the module: nothing is imported here.
-    torch: Any = sys.modules.get("torch")
-    ray: Any = sys.modules.get("ray")
-    reason = None
-    if torch is not None and torch.cuda.is_initialized():
-        reason = "CUDA is initialized"
-    elif ray is not None and ray.is_initialized():
-        context = ray.get_runtime_context()
-        if context.get_actor_id() is not None:
-            # A worker that calls ray.init() has to find this cluster, and inherits variables alone.
-            os.environ["RAY_ADDRESS"] = context.gcs_address
-            reason = "the process is a Ray actor"
-    if reason is not None:
-        logger.warning("VLLM_WORKER_MULTIPROC_METHOD is set to 'spawn': %s.", reason)
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"

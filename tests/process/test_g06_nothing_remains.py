@@ -1,0 +1,397 @@
+"""Guarantee 6: after close() nothing remains, however and whenever the group ends."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+import warnings
+
+import pytest
+from drivers import Script, Watch, in_thread, until
+
+from rankwise import GroupBroken, GroupClosed, StartupError, WorkerDied, WorkerGroup
+
+
+class Worker:
+    def echo(self, value):
+        return value
+
+    def pids(self):
+        return [os.getpid(), os.getppid()]
+
+    def hold(self, path):
+        with open(path, "rb") as file:
+            return file.read()
+
+    def leave_a_daemon(self):
+        read, write = os.pipe()
+        if os.fork() == 0:
+            os.setsid()
+            pid = os.fork()
+            if pid == 0:
+                os.execvp("sleep", ["sleep", "600"])
+            os.write(write, str(pid).encode())
+            os._exit(0)
+        os.close(write)
+        pid = int(os.read(read, 20))
+        os.close(read)
+        os.wait()
+        return pid
+
+
+def fails(worker):
+    raise RuntimeError("no")
+
+
+def descriptors():
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            found[int(fd)] = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+    return found
+
+
+def children():
+    found = set()
+    for task in os.listdir("/proc/self/task"):
+        with open(f"/proc/self/task/{task}/children") as file:
+            found.update(map(int, file.read().split()))
+    return found
+
+
+class State:
+    """What this process has of what a group could leave behind."""
+
+    def __init__(self):
+        gc.collect()
+        self.descriptors = descriptors()
+        self.threads = set(threading.enumerate())
+        self.children = children()
+        self.shared = set(os.listdir("/dev/shm"))
+        self.maps = mappings()
+
+    def assert_same(self):
+        now = State()
+        new = {fd: to for fd, to in now.descriptors.items() if fd not in self.descriptors}
+        assert not new
+        assert now.threads - self.threads == set()
+        assert now.children - self.children == set()
+        assert now.shared - self.shared == set()
+        assert now.maps <= self.maps
+
+
+def mappings():
+    with open("/proc/self/maps") as file:
+        return sum("memfd" in line for line in file)
+
+
+@pytest.fixture
+def state():
+    with WorkerGroup(Worker, 1) as group:  # what is imported or opened once is there from now on
+        group.call("echo", 1)
+    made = State()
+    yield made
+    made.assert_same()
+
+
+def all_pids(group):
+    return sorted({pid for pair in group.call("pids") for pid in pair})
+
+
+ENDS = {
+    "with": lambda group: group.__exit__(None, None, None),
+    "close": lambda group: group.close(),
+    "close_none": lambda group: group.close(None),
+    "close_0": lambda group: group.close(0),
+    "kill": lambda group: group.kill(),
+    "shutdown": lambda group: group.shutdown(),
+    "shutdown_cancel": lambda group: group.shutdown(cancel_futures=True),
+    "error": lambda group: group.__exit__(ValueError, ValueError("x"), None),
+}
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("end", ENDS)
+def test_nothing_remains_after_an_end(state, end, start_method):
+    group = WorkerGroup(Worker, 2, start_method=start_method)
+    daemon = group[1].call("leave_a_daemon")
+    with Watch([*all_pids(group), daemon]) as watch:
+        began = time.monotonic()
+        ENDS[end](group)
+        assert time.monotonic() - began < 2
+        assert watch.left(0) == []
+    state.assert_same()
+    with pytest.raises(GroupClosed):
+        group.call("echo", 1)
+    with pytest.raises(GroupClosed):
+        group.submit("echo", 1)
+    ENDS[end](group)  # again it does nothing
+
+
+def test_shutdown_without_waiting_ends_all_the_same(state):
+    group = WorkerGroup(Worker, 2)
+    future = group.submit("echo", 4)
+    with Watch(all_pids(group)) as watch:
+        group.shutdown(wait=False)
+        assert future.result(5) == [4, 4]
+        assert watch.left(5) == []
+    until(lambda: threading.active_count() <= len(state.threads), 5)
+
+
+@pytest.mark.parametrize("death", ["killed", "failed_start", "launcher_killed", "stopped"])
+def test_nothing_remains_after_a_failure(state, death):
+    if death == "failed_start":
+        with pytest.raises(StartupError):
+            WorkerGroup(fails, 2, args=(1,), logs="off")
+        return
+    group = WorkerGroup(Worker, 2, logs="off")
+    pids = all_pids(group)
+    with Watch(pids) as watch:
+        if death == "killed":
+            os.kill(group.pids[0], signal.SIGKILL)
+            until(lambda: not group.healthy, 5)
+        elif death == "launcher_killed":
+            os.kill(next(pid for pid in pids if pid not in group.pids), signal.SIGKILL)
+            until(lambda: not group.healthy, 5)
+        else:
+            os.kill(group.pids[0], signal.SIGSTOP)
+        began = time.monotonic()
+        group.close(0.5)
+        assert time.monotonic() - began < 4
+        assert watch.left(0) == []
+    group.close()
+
+
+def test_a_stopped_launcher_does_not_hold_up_the_end(state):
+    group = WorkerGroup(Worker, 2, logs="off")
+    pids = all_pids(group)
+    with Watch(pids) as watch:
+        os.kill(next(pid for pid in pids if pid not in group.pids), signal.SIGSTOP)
+        began = time.monotonic()
+        group.close(0.5)
+        assert time.monotonic() - began < 6
+        assert watch.left(0.5) == []
+
+
+def test_a_worker_that_ignores_sigterm_is_gone_at_the_limit(state):
+    group = WorkerGroup(Worker, 2, logs="off")
+    group.call(lambda worker: signal.signal(signal.SIGTERM, signal.SIG_IGN) and None)
+    future = group.submit(lambda worker: time.sleep(600))
+    with Watch(group.pids) as watch:
+        began = time.monotonic()
+        group.close(0.3)
+        assert time.monotonic() - began < 2.5
+        assert watch.left(0) == []
+    assert isinstance(future.exception(0), GroupClosed)
+
+
+def test_a_worker_that_holds_the_gil_is_gone_at_the_limit(state):
+    group = WorkerGroup(Worker, 1, logs="off")
+    group.submit(lambda worker: __import__("ctypes").PyDLL(None).sleep(600))
+    began = time.monotonic()
+    group.close(0.5)
+    assert time.monotonic() - began < 3
+
+
+def test_close_waits_for_the_calls_that_were_submitted(state, tmp_path):
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    group = WorkerGroup(Worker, 1)
+    held = group.submit("hold", path)
+    futures = [group.submit("echo", number) for number in range(200)]
+    closing = in_thread(lambda: group.close(None))
+    until(lambda: not group.healthy)
+    with pytest.raises(GroupClosed):
+        group.submit("echo", 1)
+    with open(path, "wb") as file:
+        file.write(b"held")
+    closing.value(5)
+    assert held.result(0) == [b"held"]
+    assert [future.result(0) for future in futures] == [[number] for number in range(200)]
+
+
+def test_close_from_several_threads_and_a_second_time(state):
+    group = WorkerGroup(Worker, 2)
+    closing = [in_thread(group.close) for _ in range(8)]
+    for one in closing:
+        one.value(5)
+    began = time.monotonic()
+    group.close()
+    group.kill()
+    group.shutdown()
+    assert time.monotonic() - began < 0.1
+
+
+def test_close_by_a_callback(state):
+    group = WorkerGroup(Worker, 1)
+    closed = threading.Event()
+
+    def close(future):
+        group.close()
+        closed.set()
+
+    group.submit("echo", 1).add_done_callback(close)
+    assert closed.wait(5), "close() inside a callback hangs"
+
+
+def test_open_futures_get_group_closed(state, tmp_path):
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    group = WorkerGroup(Worker, 2, logs="off")
+    futures = [group.submit("hold", path), *(group.submit("echo", n) for n in range(100))]
+    waits = [in_thread(future.result) for future in futures[:5]]
+    group.kill()
+    for wait in waits:
+        with pytest.raises(GroupClosed):
+            wait.value(5)
+    assert all(isinstance(future.exception(0), GroupClosed) for future in futures)
+
+
+def test_a_group_that_is_collected_ends_its_workers_and_warns(state):
+    group = WorkerGroup(Worker, 2)
+    with Watch(all_pids(group)) as watch:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del group
+            gc.collect()
+            assert watch.left(3) == []
+        assert [w.category for w in caught] == [ResourceWarning]
+        assert "'workers'" in str(caught[0].message)
+    until(lambda: set(threading.enumerate()) <= state.threads, 5)
+    until(lambda: set(descriptors()) <= set(state.descriptors), 5)
+
+
+def test_a_future_or_a_view_keeps_its_group_from_being_collected(state):
+    view = WorkerGroup(Worker, 2)[1]
+    gc.collect()
+    assert view.call("echo", 1) == 1
+    future = view.submit("echo", 2)
+    group = view._group
+    del view
+    gc.collect()
+    assert future.result(5) == 2
+    group.close()
+
+
+def test_nothing_remains_after_a_hundred_rounds(state):
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    sizes = []
+    for number in range(100):
+        with WorkerGroup(Worker, 1, start_method="forkserver") as group:
+            assert group.call("echo", b"x" * 1000) == [b"x" * 1000]
+            group.submit("echo", number).add_done_callback(lambda future: None)
+        if number % 10 == 9:
+            gc.collect()
+            sizes.append(resident())
+    state.assert_same()
+    assert sizes[-1] - sizes[1] < 2 << 20, sizes
+
+
+# -- interpreters that exit ---------------------------------------------------------------------
+
+WORKER = """
+class Worker:
+    def echo(self, value): return value
+    def pids(self): return [os.getpid(), os.getppid()]
+    def hold(self): time.sleep(600)
+"""
+
+EXITS = {
+    "plain": "",
+    "sys_exit": "sys.exit()",
+    "open_call": "future = group.submit('hold')",
+    "queued": "futures = [group.submit('hold') for _ in range(300)]",
+    "callback": "group.submit('hold').add_done_callback(print)",
+    "busy_thread": "threading.Thread(target=lambda: group.submit('hold').result()).start()",
+    "daemon_thread": "threading.Thread(target=lambda: group.call('hold'), daemon=True).start()",
+    "atexit": "import atexit; atexit.register(group.close)",
+    "module_global": "import builtins; builtins.group = group",
+    "cycle": "group.me = [group]; del group",
+    "in_del": "class Keep:\n    def __del__(self): group.close()\nkeep = Keep()",
+}
+
+
+@pytest.mark.parametrize("exit_", EXITS)
+def test_an_interpreter_that_exits_without_close_is_silent_and_fast(exit_):
+    in_thread = exit_.endswith("_thread")  # whose own traceback of GroupClosed shows
+    code = f"{WORKER}\ngroup = WorkerGroup(Worker, 2)\nsay(pids=group.call('pids'))\n{EXITS[exit_]}"
+    with Script(code) as script:
+        pids = {pid for pair in script.line()["pids"] for pid in pair}
+        with Watch(pids) as watch:
+            began = time.monotonic()
+            assert script.end(8) == 0
+            assert time.monotonic() - began < 4.5
+            assert watch.left(0.5) == []
+        if in_thread and script.errors():
+            assert "rankwise.errors.GroupClosed" in script.errors()
+            assert script.errors().count("Traceback") == 1
+        else:
+            assert script.errors() == ""
+
+
+def test_a_call_in_an_exit_handler_is_refused_and_not_waited_for():
+    """As with every executor: an interpreter that exits takes no more work."""
+    code = f"""{WORKER}
+import atexit
+group = WorkerGroup(Worker, 2)
+group.call("echo", 1)
+def late():
+    try: say(late=group.call("echo", 1))
+    except GroupClosed as error: say(late=str(error))
+atexit.register(late)
+"""
+    with Script(code) as script:
+        assert "exit" in script.line()["late"], "it says what closed the group"
+        assert script.end(8) == 0
+        assert script.errors() == ""
+
+
+def test_an_uncaught_exception_exits_with_status_1_and_nothing_remains():
+    code = f"{WORKER}\ngroup = WorkerGroup(Worker, 2)\nsay(pids=group.call('pids'))\n1 / 0\n"
+    with Script(code) as script:
+        with Watch({pid for pair in script.line()["pids"] for pid in pair}) as watch:
+            assert script.end(8) == 1
+            assert watch.left(0.5) == []
+        assert script.errors().count("Traceback") == 1
+
+
+def test_examples_of_use_are_silent_with_every_warning_an_error():
+    code = f"""{WORKER}
+with WorkerGroup(Worker, 2) as group:
+    group.call("echo", 1)
+    group.submit("echo", 1).result()
+    import asyncio
+    async def main(): return await group.submit("echo", 2)
+    asyncio.run(main())
+group = WorkerGroup(Worker, 2, start_method="forkserver")
+group.close()
+async def start():
+    async with WorkerGroup.start(Worker, 2) as group:
+        await group.submit("echo", 3)
+asyncio.run(start())
+"""
+    with Script(code, flags=("-W", "error", "-X", "dev")) as script:
+        assert script.end() == 0
+        assert script.errors() == ""
+
+
+@pytest.mark.parametrize("ends_by", [WorkerDied, GroupBroken])
+def test_on_failure_does_not_keep_the_interpreter(ends_by):
+    code = f"""{WORKER}
+group = WorkerGroup(Worker, 2, on_failure=lambda error: say(failed=type(error).__name__))
+os.kill(group.pids[0], signal.SIGKILL)
+hear()
+"""
+    with Script(code) as script:
+        assert script.line()["failed"] == "GroupBroken"
+        assert script.end(8) == 0
+
+
