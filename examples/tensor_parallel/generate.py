@@ -6,10 +6,10 @@ Each rank of a ``WorkerGroup`` holds its part of every matrix, split by transfor
 parallelism, and the keys and values of the text so far. The driver never imports torch: it asks
 for one token a call, of all ranks at once, and prints the answer of rank 0.
 
-    driver                          rank 0                 rank 1
-    prefill(prompt)  ===========>   its part, all-reduce, its part
-            token    <===========   argmax                 argmax (not sent)
-    next_token()     ===========>   ...
+    driver                      rank 0                    rank 1
+    prefill(prompt)   ======>   its part  > all-reduce <  its part
+              token   <======   argmax                    the same argmax, not sent
+    next_token()      ======>   ...
 
 When the text is done, a second group of one rank writes it again: the tokens must be the same.
 Needs torch, transformers and accelerate, which transformers asks for when it splits a model.
@@ -24,14 +24,15 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from rankwise import StartupError, WorkerGroup, WorkerGroupError, worker_info
+from rankwise import WorkerGroup, WorkerGroupError, worker_info
 
 # transformers reads these when it is imported: errors only, no progress bars, no network.
 QUIET = {
@@ -39,7 +40,6 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-
 
 # Forked from a launcher that has imported these once. transformers is a lazy package, and its
 # `modeling_utils` the heavy part of it.
@@ -54,9 +54,10 @@ class Task(NamedTuple):
     """What both groups are to do."""
 
     model: Path
-    prompt: list[int]
-    limit: int  # so many new tokens at most
-    stop: set[int]  # the tokens that end a text
+    text: str
+    prompt: list[int]  # `text` as tokens
+    limit: int  # so many new ones at most
+    stop: set[int]  # those that end a text
     placement: dict[str, Any]
 
 
@@ -121,20 +122,19 @@ def load(path: str) -> Any:
     rounding in half precision would now and then show as another token.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    auto: Any = transformers.AutoModelForCausalLM
     # It fills the parameters that the files lack, before it tells which these are.
     warnings.filterwarnings("ignore", message="DTensor random operators")
-    options: dict[str, Any]
-    try:
+    options: dict[str, Any] = {"tp_plan": "auto"}
+    with suppress(ImportError, TypeError):  # older releases have no other way
         from transformers.distributed import DistributedConfig
 
         # The size of the mesh is WORLD_SIZE, its process group the one that we have joined.
         options = {"distributed_config": DistributedConfig(tp_plan="auto")}
-    except (ImportError, TypeError):  # older releases
-        options = {"tp_plan": "auto"}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto.from_pretrained(
             path,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # they are listed in `found`, by name
@@ -147,10 +147,8 @@ def load(path: str) -> Any:
     for kind in ("mismatched", "missing", "unexpected"):
         if keys := sorted(found[f"{kind}_keys"]):
             name = keys[0] if isinstance(keys[0], str) else keys[0][0]
-            raise ValueError(
-                f"the weights in {path} do not fit its config.json: {kind} {name}"
-                + (f" and {len(keys) - 1} more" if keys[1:] else "")
-            )
+            more = f" and {len(keys) - 1} more" if keys[1:] else ""
+            raise ValueError(f"the weights in {path} do not fit config.json: {kind} {name}{more}")
     return model
 
 
@@ -162,6 +160,11 @@ def report(phase: str, began: float) -> float:
     return now
 
 
+def give_up(why: str) -> NoReturn:
+    """One sentence on stderr, exit status 1."""
+    sys.exit(f"generate.py: {why}")
+
+
 def first_sentence(error: BaseException) -> str:
     return re.split(r"(?<=[.!])\s|\n", str(error).strip() or type(error).__name__)[0]
 
@@ -169,7 +172,7 @@ def first_sentence(error: BaseException) -> str:
 def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` and, over it, `generation_config.json` where there is one."""
     if not directory.is_dir():
-        sys.exit(f"generate.py: {directory} is not a directory")
+        give_up(f"{directory} is not a directory")
     settings: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         file = directory / name
@@ -180,40 +183,36 @@ def read_config(directory: Path) -> dict[str, Any]:
             settings |= content
         except FileNotFoundError:
             if name == "config.json":
-                sys.exit(f"generate.py: {directory} has no config.json: not a model directory")
+                give_up(f"{directory} has no config.json: not a model directory")
         except (OSError, ValueError) as error:
-            sys.exit(f"generate.py: cannot read {file}: {first_sentence(error)}")
+            give_up(f"cannot read {file}: {first_sentence(error)}")
     return settings
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
+    """`tokenizer.json`, without the libraries that would import torch."""
     file = directory / "tokenizer.json"
-    if not file.is_file():
-        sys.exit(f"generate.py: {directory} has no tokenizer.json")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
-        sys.exit(f"generate.py: cannot read {file}: {first_sentence(error)}")
+        give_up(f"cannot read {file}: {first_sentence(error)}")
 
 
 def check(config: dict[str, Any], prompt: list[int], world_size: int, limit: int) -> None:
     """What would fail in the workers, or worse, not fail: told before any of them is started."""
     if world_size < 1 or limit < 1:
-        sys.exit("generate.py: --world-size and --max-new-tokens must be at least 1")
+        give_up("--world-size and --max-new-tokens must be at least 1")
     for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = config.get(name) or world_size
-        if heads % world_size:
-            sys.exit(f"generate.py: {name} is {heads}, which {world_size} ranks cannot share")
+        heads = config.get(name)
+        if isinstance(heads, int) and heads % world_size:
+            give_up(f"{name} is {heads}, which {world_size} ranks cannot share")
     if not prompt:
-        sys.exit("generate.py: the prompt is empty")
+        give_up("the prompt is empty")
     if max(prompt) >= config.get("vocab_size", sys.maxsize):
-        sys.exit("generate.py: tokenizer.json has more tokens than the vocab_size in config.json")
+        give_up("tokenizer.json has more tokens than the vocab_size in config.json")
     room = config.get("max_position_embeddings", sys.maxsize)
     if len(prompt) + limit > room:
-        sys.exit(
-            f"generate.py: {len(prompt)} tokens of prompt and {limit} new ones are more than "
-            f"the {room} that the model was made for"
-        )
+        give_up(f"{len(prompt)} tokens of prompt and {limit} new ones exceed the model's {room}")
 
 
 def placement(world_size: int) -> dict[str, Any]:
@@ -242,8 +241,9 @@ def decode(group: WorkerGroup, task: Task) -> Iterator[int]:
         yield token
 
 
-def write(task: Task, world_size: int, show: Callable[[int], None]) -> tuple[list[int], str]:
-    """Start so many ranks, show each token when it comes, end them; the tokens and their rate."""
+def write(task: Task, world_size: int, shown_by: Tokenizer | None) -> tuple[list[int], str]:
+    """Start so many ranks, show the text as it comes, end them; its tokens and their rate."""
+    text = DecodeStream(task.prompt, skip_special_tokens=True)
     tokens: list[int] = []
     times: list[float] = []
     began = time.monotonic()
@@ -251,11 +251,13 @@ def write(task: Task, world_size: int, show: Callable[[int], None]) -> tuple[lis
     start = START | task.placement | {"args": (str(task.model), began)}
     with WorkerGroup(Shard, world_size, **start) as group:
         part, whole = group[0].call(Shard.weights)
-        print(f"ready after {time.monotonic() - began:.2f} s, {part:,} of {whole:,} weights a rank\n")
+        print(f"ready in {time.monotonic() - began:.2f} s: {part:,} of {whole:,} weights a rank\n")
         for token in decode(group, task):
             times.append(time.monotonic())
             tokens.append(token)
-            show(token)
+            if shown_by is not None:
+                opening = task.text if len(tokens) == 1 else ""
+                print(opening + (text.step(shown_by, token) or ""), end="", flush=True)
     if len(times) < 2:
         return tokens, "too few to tell the rate"
     # The first took the whole prompt.
@@ -271,36 +273,27 @@ def run(options: argparse.Namespace) -> None:
     eos = config.get("eos_token_id")
     stop = set(eos if isinstance(eos, list) else [eos])
     where = placement(options.world_size)
-    task = Task(options.model, prompt, options.max_new_tokens, stop, where)
-
-    text = DecodeStream(prompt, skip_special_tokens=True)
-    pieces = iter([options.prompt])  # goes before the first token, when that has come
-
-    def show(token: int) -> None:
-        print(next(pieces, "") + (text.step(tokenizer, token) or ""), end="", flush=True)
-
-    tokens, rate = write(task, options.world_size, show)
+    task = Task(options.model, options.prompt, prompt, options.max_new_tokens, stop, where)
+    tokens, rate = write(task, options.world_size, shown_by=tokenizer)
     print(f"\n\n{len(tokens)} tokens, {rate}\n")
     if options.world_size == 1:
         return
-    alone, rate = write(task, 1, lambda token: None)
+    alone, rate = write(task, 1, shown_by=None)
     if alone != tokens:
         same = next(i for i, (a, b) in enumerate(zip(alone, tokens, strict=False)) if a != b)
-        sys.exit(f"generate.py: one rank alone writes another token after {same} equal ones")
+        give_up(f"one rank alone writes another token after {same} equal ones")
     print(f"the same {len(tokens)} tokens, {rate}")
 
 
 parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
 parser.add_argument("--model", type=Path, default=Path(__file__).with_name("checkpoint"))
 parser.add_argument("--world-size", type=int, default=2)
-parser.add_argument("--prompt", default="Return a new")
+parser.add_argument("--prompt", default="Create a new process")
 parser.add_argument("--max-new-tokens", type=int, default=96)
 try:
     run(parser.parse_args())
-except StartupError as error:
-    sys.exit(f"generate.py: {first_sentence(error.__cause__ or error)}")
-except WorkerGroupError as error:
-    sys.exit(f"generate.py: {first_sentence(error)}")
+except WorkerGroupError as error:  # its cause is what the rank itself raised
+    give_up(first_sentence(error.__cause__ or error))
 except KeyboardInterrupt:
     print()
     sys.exit(130)

@@ -1,6 +1,23 @@
 """Train the small Llama checkpoint that lies in ``checkpoint/`` and that ``generate.py`` loads.
 
     python train_checkpoint.py [--out DIR] [--steps N]
+
+The text is what every Python installation carries: the docstrings and blocks of comments in the
+standard library's sources, the docstrings of the built-in modules, and the pages that ``help()``
+shows. The tokenizer is a byte-level BPE of the same text. The checkpoint in the repository is what
+this script wrote, with its defaults, under CPython 3.11.7 on x86-64, torch 2.13.0, transformers
+5.23.0 and tokenizers 0.23.3 (another Python carries other text):
+
+    text        9,953 pieces, 2.17 million characters, 719,050 tokens; 203 more pieces held out
+    model       Llama, 1,611,072 parameters: 3 layers of width 192, 4 heads, 448 in the MLP;
+                vocabulary 2,048, context 256, embedding and output tied
+    training    4,000 steps of 8 x 256 tokens (11 times the text), seed 20, bfloat16 products
+    loss        1.92 nats a token over the last 200 steps, 3.66 on the held-out pieces
+    time        13 minutes on one core of a shared AMD EPYC (Zen 5)
+    files       3.35 MB, of which model.safetensors, in float16, 3.23 MB
+
+More steps fit the text closer (0.48 after 9,000 on the docstrings alone) but write worse: where
+they leave what they know by heart, they write no English.
 """
 
 from __future__ import annotations
@@ -148,9 +165,9 @@ def loss_of(model: LlamaForCausalLM, batch: torch.Tensor) -> torch.Tensor:
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the embedding and the norms.
 
-    With AdamW alone the loss after 1200 steps was 3.05, this way 2.64. The adjustment gives a
-    Muon update the size of an AdamW one, so that both share a learning rate
-    (https://arxiv.org/abs/2502.16982, section 2.2).
+    On the docstrings alone the loss after 1200 steps at 3e-3 was 3.05 with AdamW, 2.66 this way.
+    The adjustment gives a Muon update the size of an AdamW one, so that both share a learning
+    rate (https://arxiv.org/abs/2502.16982, section 2.2).
     """
     hidden = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not h for h in hidden)]

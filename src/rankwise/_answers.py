@@ -97,13 +97,10 @@ def explain(
         case Expired(missing=missing):
             assert call is not None
             return timeout_error(call, engine, "its deadline passed", missing)
-        case Closed():
-            what = (
-                "the group is closed"
-                if call is None
-                else f"the group was closed before {call.method}() was answered"
-            )
-            return GroupClosed(f"{engine.name}: {what}")
+        case Closed(exiting=exiting):
+            why = "the interpreter is exiting" if exiting else "the group is closed"
+            what = "takes no more calls" if call is None else f"{call.method}() was not answered"
+            return GroupClosed(f"{engine.name}: {why}: {what}")
         case Cancelled():
             return WorkerGroupError(f"{engine.name}: the call was cancelled")
         case Lost() if call is not None and (rank is None or rank == error.rank):

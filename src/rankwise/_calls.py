@@ -125,9 +125,12 @@ class Broken(Error):
 
 
 class Closed(Error):
-    """The caller closed the group."""
+    """The caller closed the group; `exiting`: the interpreter did, on its way out."""
 
-    __slots__ = ()
+    __slots__ = ("exiting",)
+
+    def __init__(self, exiting: bool = False) -> None:
+        self.exiting = exiting
 
 
 class Cancelled(Error):

@@ -49,7 +49,7 @@ class Ledger:
 
     __slots__ = (
         "_barriers", "_last_id", "_placing", "_queued", "_timers", "broken", "closing", "dead",
-        "hung", "inflight", "late", "open", "reports", "settled", "world_size",
+        "exiting", "hung", "inflight", "late", "open", "reports", "settled", "world_size",
     )  # fmt: skip
 
     def __init__(self, world_size: int) -> None:
@@ -60,6 +60,7 @@ class Ledger:
         self.reports: deque[tuple[Call, int]] = deque()  # failures that no caller will see
         self.broken: Error | None = None
         self.closing = False
+        self.exiting = False
         self.dead: dict[int, Exited | None] = {}
         self.hung: set[int] = set()
         self.late = 0  # answers to calls that were settled without them
@@ -75,7 +76,7 @@ class Ledger:
         """Why no call can be taken now, or None."""
         if self.broken is not None:
             return self.broken
-        return Closed() if self.closing else None
+        return Closed(self.exiting) if self.closing else None
 
     def place(self, calls: tuple[Call, ...]) -> None:
         """Give `calls` their place in the order of calls. From here on they will run."""

@@ -7,9 +7,9 @@ There is no reader thread between a socket and its caller. Whoever waits takes t
 `_ready` (an epoll of the reply sockets) for the spin budget, sleeps on it after that, and feeds
 what comes to the ledger, for itself and for all others. One thread leads at a time; other waiters
 sleep, each at a gate of its own, until their call is settled or the lead is handed to them. Calls
-that nobody waits for (a future with a callback, say) are led for by the keeper (`_keeper.py`): `_ready`
-is nested in the keeper's epoll, and *armed* there by one epoll_ctl, which takes effect while the
-keeper is asleep and costs no wake-up. Taking the lead disarms it.
+that nobody waits for (a future with a callback, say) are led for by the keeper (`_keeper.py`):
+`_ready` is nested in the keeper's epoll, and *armed* there by one epoll_ctl, which takes effect
+while the keeper is asleep and costs no wake-up. Taking the lead disarms it.
 
 Who owns what
     lock        the ledger, the send side of every channel, `_leader`, `_sleepers`, `_armed`
@@ -72,6 +72,7 @@ class Pump:
         self.traffic = False  # something was submitted since the keeper's last look
         self.ports: list[Port] = []  # event loops that await calls of this group
         self._leader: Waiter | None = None
+        self._stranded = False  # the last leader was struck, and may have left bytes behind
         self._sleepers: dict[Waiter, Call] = {}
         self._ready = self.sockets.ready
         self._leader_wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -105,9 +106,10 @@ class Pump:
                 for call in calls:
                     for rank in call.ranks:
                         self.sockets.flush(rank)
-                if waiter is not None and self._leader is None:
+                leader = self._leader
+                if waiter is not None and leader is None:
                     self._take_lead(waiter)
-                elif self._leader is None and not self._armed:
+                elif leader is None and not self._armed:
                     self._arm(True)
                 self.traffic = True
                 if self.wake_at == NEVER:
@@ -165,6 +167,7 @@ class Pump:
                         if leader is None or leader.gone or leader.thread == me.thread:
                             # Nobody leads; or this runs in a signal handler that interrupted its
                             # own thread's lead, which cannot go on before it returns.
+                            self._stranded = self._stranded or leader is not None
                             self._take_lead(me)
                         else:
                             self._sleep(me, call)
@@ -253,7 +256,10 @@ class Pump:
             self.sockets.flush_all()
             leader = self._leader
             if leader is None or leader.gone:
+                self._stranded = self._stranded or leader is not None
                 self._hand_on()
+        if self._stranded:
+            self.lead_once()
         self.tell()
 
     def lead_once(self) -> bool:
@@ -264,7 +270,10 @@ class Pump:
                 leader = self._leader
                 if leader is not None and not leader.gone:
                     return False
+                self._stranded = self._stranded or leader is not None
                 self._leader = me
+            if self._stranded:
+                self._recover()
             self._serve(self._ready.poll(0))
             with self.lock:
                 if self._leader is me:
@@ -280,6 +289,9 @@ class Pump:
         poll = self._ready.poll
         spin_until = 0.0
         while not call.done and self._leader is me:
+            if self._stranded:
+                self._recover()
+                continue
             events = poll(0)
             if not events:
                 now = clock()
@@ -293,6 +305,11 @@ class Pump:
                 events = poll(None if until is None else until - now)
             self._serve(events)
         return True
+
+    def _recover(self) -> None:
+        """The last leader was struck: first comes what it had taken off the sockets."""
+        self._stranded = False
+        self.sockets.pull_stranded()
 
     # -- receiving: the leader's --------------------------------------------------------------
 

@@ -122,6 +122,12 @@ class Sockets:
                 self._on_news()
         return more
 
+    def pull_stranded(self) -> None:
+        """Deal with what a struck leader took off the sockets: no poll will tell of it again."""
+        for rank, channel in enumerate(self.channels):
+            if channel.holding:
+                self.pull(rank)
+
     def _garbled(self, rank: int, reason: str) -> None:
         with self._lock:
             self._forget(self.channels[rank])
@@ -148,7 +154,7 @@ class Sockets:
     def quiet(self, rank: int) -> bool:
         """Whether nothing is on its way to `rank`: all is sent, and its end has read it all."""
         channel = self.channels[rank]
-        if channel.eof or channel.wants_out or self._ledger.queued(rank):
+        if channel.eof or channel.wants_out or channel.holding or self._ledger.queued(rank):
             return False
         unread: int = unpack("i", ioctl(channel.fd, TIOCOUTQ, b"\0\0\0\0"))[0]
         return unread == 0

@@ -26,7 +26,7 @@ from rankwise.logs.lines import Raw, Splitter, Tail
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import signal as _signal
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable
     from typing import Final
 
     from rankwise._messages import Launch
@@ -163,7 +163,6 @@ def _be_the_rank(
             become(child.rank)
             _close(*theirs)
         else:
-            default_signals()
             step = f"execve of {launch.python[0]!r}"
             for fd in place[1:4]:
                 os.set_inheritable(fd, True)
@@ -180,8 +179,11 @@ def _be_the_rank(
 def prepare_parent() -> tuple[int, int]:
     """Make this process fit to be the launcher. Returns the limit of descriptors for the ranks."""
     # The mask, and what is ignored, came from whichever thread of the driver started us.
+    # The ranks have them from here. Two are ignored in every Python process; None is not Python's.
     _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
-    default_signals(keep=(_signal.SIGPIPE, _signal.SIGXFSZ))
+    for number in _signal.valid_signals() - {_signal.SIGPIPE, _signal.SIGXFSZ}:
+        if _signal.getsignal(number) not in (_signal.SIG_DFL, None):
+            _signal.signal(number, _signal.SIG_DFL)
     # Every descendant whose own parent ends becomes a child of ours.
     prctl(_SET_CHILD_SUBREAPER, 1)
     name_process("rankwise")
@@ -217,17 +219,10 @@ def prctl(option: int, argument: int | bytes) -> None:
         raise OSError(f"prctl({option}) is refused by the kernel")
 
 
-def default_signals(keep: Collection[int] = ()) -> None:
-    """Every signal as in a fresh process: what a parent ignores stays ignored through exec."""
-    for number in _signal.valid_signals():
-        if number not in keep and _signal.getsignal(number) not in (_signal.SIG_DFL, None):
-            _signal.signal(number, _signal.SIG_DFL)
-
-
 def open_standard_descriptors() -> None:
     """A daemon may have closed 0, 1 and 2: the next pipe would get the number, and be clobbered."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
+        os.set_inheritable(fd, True)
     os.close(fd)
 
 

@@ -34,10 +34,14 @@ class GroupStart:
         self._spec = spec
         self._adopt = adopt
         self._until = deadline(spec.start_timeout)
-        self._engine, self._boot = launch(spec)
         self._group: WorkerGroup | None = None
-        self._finalizer = weakref.finalize(self, _lifetime.abandon, self._engine, spec.name)
-        self._finalizer.atexit = False
+        try:
+            self._engine, self._boot = launch(spec)
+            self._finalizer = weakref.finalize(self, _lifetime.abandon, self._engine, spec.name)
+            self._finalizer.atexit = False
+        except BaseException:
+            _lifetime.kill_started(spec)
+            raise
 
     def __await__(self) -> Generator[Any, None, WorkerGroup]:
         return self._ready().__await__()

@@ -2,7 +2,7 @@
 
     rank 0      listen on a free port > TCPStore(master_listen_fd=) > publish round and port
     all others  read them from rank 0's status page > TCPStore > "joined/RANK"
-    every rank  wait until all have joined > torch.distributed.init_process_group(store=...)
+    every rank  wait until all have joined, with one backend > torch.distributed.init_process_group(store=...)
 
 The usual way is to choose a free port, let go of it, and have rank 0 bind it again later: whoever
 binds it in between has it. Here the socket whose port is told listens from the moment the kernel
@@ -22,9 +22,9 @@ import socket
 import time
 from datetime import timedelta
 
+import torch
 import torch.distributed
 
-import torch
 from rankwise._context import current_place, worker_info
 from rankwise._deadline import check_timeout, clock, deadline, left
 from rankwise._status import PORT
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         def set(self, key: str, value: str) -> None: ...
         def wait(self, keys: list[str], timeout: timedelta) -> None: ...
         def check(self, keys: list[str]) -> bool: ...
+        def multi_get(self, keys: list[str]) -> list[bytes]: ...
         def set_timeout(self, timeout: timedelta) -> None: ...
 
 
@@ -95,7 +96,8 @@ def init_process_group(
     device_id. gloo's own sockets stay on loopback, unless GLOO_SOCKET_IFNAME says otherwise.
 
     Raises RuntimeError outside a worker process, ValueError where a default group is there
-    already, TimeoutError naming the ranks that did not come, ConnectionError where rank 0 gave up.
+    already, TimeoutError naming the ranks that did not come, ConnectionError where rank 0 gave up,
+    RuntimeError where the ranks' backends differ.
     """
     info, words = _where()
     seconds = _seconds(timeout)
@@ -109,7 +111,7 @@ def init_process_group(
         )
     backend, kw = _choose(info, backend, kw)
     try:
-        store = _meet(info, words, seconds)
+        store = _meet(info, words, seconds, backend)
         dist.init_process_group(
             backend,
             timeout=None if seconds is None else timedelta(seconds=seconds),
@@ -173,8 +175,8 @@ def _choose(info: RankInfo, backend: str | None, kw: dict[str, Any]) -> tuple[st
 # -- the rendezvous ---------------------------------------------------------------------------
 
 
-def _meet(info: RankInfo, words: memoryview, seconds: float | None) -> Store:
-    """A store that every rank of the group has reached."""
+def _meet(info: RankInfo, words: memoryview, seconds: float | None, backend: str) -> Store:
+    """A store that every rank of the group has reached, wanting the same backend."""
     global _completed
     began = clock()
     until = deadline(_PATIENCE if seconds is None else seconds)
@@ -186,7 +188,14 @@ def _meet(info: RankInfo, words: memoryview, seconds: float | None) -> Store:
     # MASTER_PORT is reserved for this group as long as it lives, so the prefix is its own: were a
     # port to pass from a store that was given up to another group's, nobody would mix their keys.
     store: Store = dist.PrefixStore(f"rankwise/{info.master_port}/{round}", tcp)
-    _gather(info, store, began, until)
+    chosen = _gather(info, store, backend, began, until)
+    if len(set(chosen)) > 1:
+        raise RuntimeError(
+            f"the ranks of {info.group} do not take the same backend: "
+            + ", ".join(f"rank {rank} {name}" for rank, name in enumerate(chosen))
+            + ". Where none is given a rank takes gloo if its process sees no GPU: start at most "
+            "as many ranks as there are GPUs, or give every rank the same backend"
+        )
     tcp.set_timeout(timedelta(seconds=_PATIENCE if seconds is None else seconds))
     _completed = round
     return store
@@ -236,15 +245,18 @@ def _connect(info: RankInfo, port: int, until: float | None) -> Store:
         raise _gave_up(info) from error
 
 
-def _gather(info: RankInfo, store: Store, began: float, until: float | None) -> None:
-    """Wait until every rank has joined.
+def _gather(
+    info: RankInfo, store: Store, backend: str, began: float, until: float | None
+) -> list[str]:
+    """Wait until every rank has joined: the backend that each has chosen.
 
     `TCPStore(wait_for_workers=True)` would count connections; keys can tell who is missing.
     """
     keys = [f"joined/{rank}" for rank in range(info.world_size)]
     try:
-        store.set(keys[info.rank], "")
+        store.set(keys[info.rank], backend.lower())
         store.wait(keys, _as_timedelta(until))
+        return [value.decode() for value in store.multi_get(keys)]
     except dist.DistError as error:
         try:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]

@@ -11,25 +11,60 @@ from typing import Any
 import pytest
 from contract_worker import Worker
 
-from rankwise import WorkerGroup
+from rankwise import WorkerGroup, WorkerGroupError
 
 WORLD_SIZE = 3
 
 
-@pytest.fixture(scope="module", params=["local", "inline"])
+@pytest.fixture(scope="session", params=["local", "inline"])
 def backend(request: pytest.FixtureRequest) -> str:
     backend: str = request.param
     return backend
 
 
-@pytest.fixture(scope="module")
-def group(backend: str) -> Iterator[WorkerGroup]:
-    """Three ranks of `Worker`, shared by the tests of a module, which leave it usable."""
-    with WorkerGroup(Worker, WORLD_SIZE, args=("a",), kwargs={"b": 2}, backend=backend) as made:
+class Shared:
+    """The group that the tests share, made anew where one of them has broken it."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+        self._group: WorkerGroup | None = None
+
+    def get(self) -> WorkerGroup:
+        group = self._group
+        if group is not None:
+            try:
+                group.flush(timeout=2)
+                if group.healthy:
+                    return group
+            except WorkerGroupError:
+                pass
+            self.end()
+        made = WorkerGroup(
+            Worker, WORLD_SIZE, args=("a",), kwargs={"b": 2}, backend=self._backend
+        )
+        self._group = made
         # The callback thread lives as long as the group: it is no leak of the test that needs it.
         made.submit(Worker.get_rank).add_done_callback(lambda future: future.result())
         made.flush()
-        yield made
+        return made
+
+    def end(self) -> None:
+        if self._group is not None:
+            self._group.kill()
+
+
+@pytest.fixture(scope="session")
+def shared(backend: str) -> Iterator[Shared]:
+    made = Shared(backend)
+    made.get()
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def group(shared: Shared) -> WorkerGroup:
+    """Three ranks of `Worker`, shared by the tests, which leave it usable."""
+    return shared.get()
 
 
 @pytest.fixture

@@ -94,7 +94,8 @@ class Worker:
             raise ValueError(message, self.rank)
         return self.pass_gate(path)
 
-    def fail_behind_gate(self, path: str) -> int:
+    def fail_behind_gate(self, path: str) -> None:
+        """Fail once the gate is opened for this rank."""
         self.pass_gate(path)
         raise ValueError("late", self.rank)
 

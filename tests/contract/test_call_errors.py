@@ -90,41 +90,16 @@ def test_failures_has_every_rank_that_failed(group):
     assert caught.value in failures.values()
 
 
-def test_the_earliest_failure_is_raised(group, tmp_path):
-    def fail_in_turn(worker, folder):
-        """Rank 2 first, then 1, then 0: each waits for the traces of the one before."""
-        import os
-        import time
-
-        limit = time.monotonic() + 20
-        if worker.rank < 2:
-            while not os.path.exists(f"{folder}/{worker.rank + 1}"):
-                assert time.monotonic() < limit
-                os.sched_yield()
-        try:
-            raise ValueError(worker.rank)
-        finally:
-            time.sleep(0)
-
-            class Marker:
-                def __del__(self):
-                    pass
-
-            # The file appears before the failure is stamped by this rank, so the next one waits
-            # for one more step of the clock.
-            now = time.monotonic()
-            open(f"{folder}/{worker.rank}", "w").close()
-            if worker.rank < 2:
-                while time.monotonic() <= now:
-                    pass
-
-    for turn in range(3):
-        folder = tmp_path / str(turn)
-        folder.mkdir()
-        with pytest.raises(ValueError) as caught:
-            group.call(fail_in_turn, str(folder))
-        assert set(caught.value.failures) <= {0, 1, 2}
-        assert caught.value.args[0] == min(caught.value.args[0], 2)
+def test_the_first_of_several_failures_is_raised(group, gate):
+    view = group.options(on_error="continue")
+    future = view.submit(Worker.fail_behind_gate, gate.path)
+    gate.open(2)
+    with pytest.raises(ValueError) as caught:
+        future.result(timeout=20)
+    assert caught.value.args == ("late", 2)
+    assert list(caught.value.failures) == [2]
+    gate.open(0, 1)
+    group.flush()
 
 
 def test_one_failing_while_the_others_wait_is_heard_of_at_once(group, gate):

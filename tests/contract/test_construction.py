@@ -36,9 +36,8 @@ def test_per_rank_args_go_with_common_kwargs(make):
 
 
 def test_a_function_can_be_the_target(make):
-    assert make(make_worker, args=("w",)).call(Worker.made_with) == [
-        (("made by a function", "w"), {})
-    ] * 2
+    group = make(make_worker, 1, args=("w",))
+    assert group.call(Worker.made_with) == [(("made by a function", "w"), {})]
 
 
 def test_a_lambda_and_a_closure_can_be_the_target(make):
@@ -53,13 +52,14 @@ def test_a_class_from_inside_a_function_can_be_the_target(make):
         def greet(self, name):
             return f"{greeting}, {name}"
 
-    assert make(Local).call(Local.greet, "you") == ["hello, you"] * 2
-    assert make(Local).call("greet", "you") == ["hello, you"] * 2
+    group = make(Local)
+    assert group.call(Local.greet, "you") == ["hello, you"] * 2
+    assert group.call("greet", "you") == ["hello, you"] * 2
 
 
 def test_arguments_may_change_once_the_group_is_made(make):
     weights = [1, 2]
-    group = make(args=(weights,))
+    group = make(world_size=1, args=(weights,))
     weights.append(3)
     assert group[0].call(Worker.made_with) == (([1, 2],), {})
 
@@ -103,7 +103,7 @@ def test_what_enter_returns_is_the_worker(make):
         def __exit__(self, *exc_info):
             pass
 
-    assert make(Wrapped)[0].call("made_with") == (("the inner one",), {})
+    assert make(Wrapped, 1)[0].call("made_with") == (("the inner one",), {})
 
 
 def test_a_constructor_that_fails_is_a_startup_error(backend):
@@ -149,12 +149,12 @@ def test_a_start_that_takes_too_long_says_who_is_not_ready(backend, gate):
         return Worker()
 
     with pytest.raises(StartupTimeout) as caught:
-        WorkerGroup(slow, 2, backend=backend, start_timeout=1.5)
+        WorkerGroup(slow, 2, backend=backend, start_timeout=5)
     error = caught.value
     assert isinstance(error, TimeoutError)
     assert error.phases == {1: "construct"}
     assert (error.rank, error.phase) == (1, "construct")
-    assert "1 of 2 ranks were not ready after 1.5 s (start_timeout)" in str(error)
+    assert "1 of 2 ranks were not ready after 5 s (start_timeout)" in str(error)
     assert "\n  rank 1: pid " in str(error)
     assert str(error).endswith(", construct")
 

@@ -89,7 +89,7 @@ def ended(pidfd: int, seconds: float = SECONDS) -> bool:
 BORN = """
 import os, signal, subprocess, sys
 def born(*steps):
-    'A descendant: a child of a child where it says "orphan", of its own session where "session"'
+    'A descendant: orphaned, in a session or a group of its own, with a bare environment'
     read_end, write_end = os.pipe()
     pid = os.fork()
     if not pid:
@@ -98,6 +98,7 @@ def born(*steps):
         if "session" in steps: os.setsid()
         if "orphan" in steps and os.fork(): os._exit(0)
         os.write(write_end, str(os.getpid()).encode())
+        if "bare" in steps: os.execve("/bin/sleep", ["sleep", "1000"], {})
         while True: signal.pause()
     if "orphan" in steps: os.waitpid(pid, 0)
     os.close(write_end)

@@ -34,18 +34,18 @@ def status_of(text: str, key: str) -> int:
 def test_a_rank_gets_its_own_environment_descriptors_group_limits_and_signals(
     start: Start, start_method: str
 ) -> None:
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    before = (
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN),
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN),
-    )
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ignored = (signal.SIGUSR1, signal.SIGCHLD)
+    before = [signal.signal(number, signal.SIG_IGN) for number in ignored]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD})
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[0] - 1, limits[1]))
     try:
         group = start(3, start_method=start_method, environment={"MINE": "x=y"})
     finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGUSR1, before[0])
-        signal.signal(signal.SIGCHLD, before[1])
+        for number, handler in zip(ignored, before, strict=True):
+            signal.signal(number, handler)
     assert sorted(group.pids) == [0, 1, 2]
     for spawned in group.all_of(Spawned):
         process = _procfs.stat(spawned.pid)
@@ -78,7 +78,7 @@ result = dict(
         assert seen["environ"]["MINE"] == "x=y"
         assert seen["environ"]["RANK"] == str(rank)
         assert seen["environ"].get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
-        assert seen["limits"][0] == soft
+        assert seen["limits"] == [limits[0] - 1, limits[1]]
         assert seen["sigint"]
         assert status_of(seen["status"], "SigBlk") == 0
         usual = (1 << signal.SIGPIPE - 1) | (1 << signal.SIGXFSZ - 1)
@@ -112,7 +112,8 @@ def test_a_driver_without_standard_descriptors_can_start_ranks(start: Start) -> 
     closed = ["/bin/sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "sh"]
     group = start(2, wrapper=closed)
     for rank in range(2):
-        assert group.ask("print('here', flush=True); result = os.readlink('/proc/self/fd/1')", rank)
+        code = "print('here', flush=True); result = os.readlink('/proc/self/fd/0')"
+        assert group.ask(code, rank) == "/dev/null"
     group.until(lambda: group.shown[1].count(b"here") == 2)
     assert group.finish() == []
 
@@ -212,7 +213,7 @@ def test_after_gone_no_descendant_is_left(start: Start) -> None:
 def test_a_dead_rank_takes_its_own_descendants_and_no_others(start: Start) -> None:
     group = start(2)
     family = group.ask(FAMILY, 0)
-    others = group.ask(FAMILY, 1)
+    others = group.ask(FAMILY + "\nresult.append(born('orphan', 'bare'))", 1)
     # A fork keeps the environment of the rank, so an orphan in a session of its own is known.
     with ends(*family):  # type: ignore[misc]
         group.tell("os._exit(1)", 0)

@@ -13,8 +13,10 @@ from launcher_harness import FAMILY, SECONDS, Start, ends
 from rankwise._messages import Finish, Gone, Spawned
 
 CLEAN = """
-import os, random
+import os, random, signal
 pid = os.getpid()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.set_wakeup_fd(-1)
 os.environ["SET_BY_IMPORT"] = "1"
 os.environ["COMMON"] = "2"
 print("imported")
@@ -60,10 +62,23 @@ result = [sys.modules[{name!r}].pid, os.environ["COMMON"], os.environ["OWN"],
             f"{rank}\n", f"g:{rank}\n",
         ]  # fmt: skip
     assert len({answer[-1] for answer in seen}) == 3  # type: ignore[index]
-    assert group.shown[1] == b""  # what the launcher had buffered is not printed by each rank
     for sock in group.calls:
         sock.shutdown(1)
     assert [group.exited(rank).exitcode for rank in range(3)] == [0, 0, 0]
+    assert group.finish() == []
+    assert group.shown[1] == b""  # what the launcher had buffered is not printed by each rank
+
+
+def test_forked_ranks_have_random_numbers_of_their_own(
+    start: Start, module: Callable[[str], str]
+) -> None:
+    pytest.importorskip("numpy")
+    name = module("import random, numpy; random.seed(1); numpy.random.seed(1)")
+    group = start(3, start_method="forkserver", preload=(name,))
+    assert group.preloaded().refused is None
+    code = "import random, numpy; result = [random.random(), numpy.random.random()]"
+    seen = [group.ask(code, rank) for rank in range(3)]
+    assert len({number for pair in seen for number in pair}) == 6  # type: ignore[attr-defined]
     assert group.finish() == []
 
 

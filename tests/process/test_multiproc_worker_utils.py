@@ -1,6 +1,6 @@
 """The drop-in for vLLM's module, used as vLLM's own test uses it; and the original's defects.
 
-    crew(8) > handler, workers in a list, monitor; then handler and monitor are started
+crew(8) > handler, workers in a list, monitor; then handler and monitor are started
 """
 
 from __future__ import annotations
@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 
-import cloudpickle
 import pytest
 from drivers import SECONDS, Script, Watch, in_thread
+from vllm_workers import Worker, value
 
 from rankwise import SerializationError, WorkerDied
 from rankwise.compat.multiproc_worker_utils import (
@@ -23,60 +22,6 @@ from rankwise.compat.multiproc_worker_utils import (
     ResultHandler,
     WorkerMonitor,
 )
-
-# The workers then need not import this file, and pytest with it.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
-
-class Worker:
-    """What vLLM's test calls DummyWorkerWrapper, and more ways to fail."""
-
-    def __init__(self, vllm_config, rank):
-        self.config = vllm_config
-        self.rank = rank
-
-    def worker_method(self, value):
-        if isinstance(value, BaseException):
-            raise value
-        return self.rank, value
-
-    def unpicklable(self):
-        return threading.Lock()
-
-    def not_to_be_rebuilt(self):
-        raise NotToBeRebuilt("text")
-
-    def big(self, size):
-        return b"x" * size
-
-    def die_while_writing(self, size):
-        def watch(main):
-            while True:
-                frame = sys._current_frames()[main]
-                while frame is not None:
-                    if frame.f_code.co_name == "_send_all":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    frame = frame.f_back
-
-        threading.Thread(target=watch, args=[threading.get_ident()], daemon=True).start()
-        return self.big(size)
-
-    def block(self, path, last_words=""):
-        print(last_words, flush=True)
-        with open(path, "w") as there:
-            there.write("begun")
-        signal.pause()
-
-
-class NotToBeRebuilt(Exception):
-    """Unpickling calls __reduce__'s function, which fails."""
-
-    def __reduce__(self):
-        return _fail, ()
-
-
-def _fail():
-    raise RuntimeError("cannot be rebuilt")
 
 
 class Crew:
@@ -124,16 +69,9 @@ def crew():
         each.end()
 
 
-def value(future):
-    assert future.wait(SECONDS), "its caller would wait for ever"
-    return future.get()
-
-
 def execute_all(workers, value_):
     outputs = [worker.execute_method("worker_method", value_) for worker in workers]
-    assert [value(output) for output in outputs] == [
-        (rank, value_) for rank in range(len(workers))
-    ]
+    assert [value(output) for output in outputs] == [(rank, value_) for rank in range(len(workers))]
 
 
 @pytest.mark.parametrize("end", ["killed", "closed"])
@@ -264,7 +202,9 @@ def test_death_says_who_how_and_what_was_last_heard(crew, tmp_path):
         value(first)
     error = caught.value
     assert isinstance(error, WorkerDied)
-    assert str(error).startswith(f"worker died: rank 1 (pid {pid}) was killed by SIGTERM in block()")
+    assert str(error).startswith(
+        f"worker died: rank 1 (pid {pid}) was killed by SIGTERM in block()"
+    )
     assert (error.rank, error.pid, error.signal) == (1, pid, signal.SIGTERM)
     assert error.exitcode == -signal.SIGTERM
     assert "these are my last words" in error.log_tail

@@ -233,6 +233,16 @@ def test_without_a_gpu_it_is_gloo_on_the_cpu():
             group.call(Rank.join, backend="nccl")
 
 
+def test_ranks_that_differ_in_their_backend_are_told():
+    with WorkerGroup(Rank, 2, args=("none",), **FORKED) as group:
+        futures = [group[0].submit(Rank.join), group[1].submit(Rank.join, backend="cpu:gloo")]
+        for future in futures:
+            with pytest.raises(RuntimeError, match="same backend: rank 0 gloo, rank 1 cpu:gloo"):
+                future.result(60)
+        group.call(Rank.join)
+        assert group.call(Rank.total) == [11.0, 11.0]
+
+
 # -- failures and servers ---------------------------------------------------------------------
 
 

@@ -12,11 +12,25 @@ if TYPE_CHECKING:
 def launch(spec: GroupSpec) -> tuple[Engine, Call]:
     """Start the ranks of `spec`: the engine, and the call that makes the worker objects.
 
-    Raises SerializationError before anything is started.
+    Raises SerializationError before anything is started. Whatever it raises, nothing is left.
     """
-    from rankwise.backends.boot import boot_call, encode_targets
+    from rankwise import _lifetime
+    from rankwise._shielded import Shielded
+    from rankwise.backends.boot import encode_targets
 
     blobs = encode_targets(spec)
+    started = Shielded(lambda: _start(spec, blobs))
+    try:
+        return started.run()
+    except BaseException:
+        started.settle()
+        _lifetime.kill_started(spec)
+        raise
+
+
+def _start(spec: GroupSpec, blobs: list[bytes]) -> tuple[Engine, Call]:
+    from rankwise.backends.boot import boot_call
+
     engine: Engine
     if spec.backend == "inline":
         from rankwise.backends.inline import InlineEngine

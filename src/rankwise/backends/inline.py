@@ -262,9 +262,9 @@ class InlineEngine:
     def break_calls(self) -> None:
         """Settle every open call: the interpreter is about to exit."""
         with self._lock:
-            self._ledger.closing = True
+            self._ledger.closing = self._ledger.exiting = True
             for call in list(self._ledger.open.values()):
-                self._ledger.abort(call, Closed())
+                self._ledger.abort(call, Closed(exiting=True))
         self._tell()
 
     def abandon(self) -> bool:

@@ -59,6 +59,7 @@ class Started:
 def start_launcher(spec: GroupSpec, stack: ExitStack) -> Started:
     """Start the launcher of `spec` and tell it what to start. The ranks wait for their Boot."""
     size = spec.world_size
+    _occupy_standard_descriptors(stack)
     reserved = stack.enter_context(_reserve_port())
     infos = _environment.rank_infos(spec, "127.0.0.1", reserved.getsockname()[1])
     environments = _environment.rank_environments(
@@ -136,6 +137,14 @@ def _launcher_environment(environments: list[dict[str, str]]) -> dict[str, str]:
     """
     common = _environment.common_environment(environments)
     return common | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def _occupy_standard_descriptors(stack: ExitStack) -> None:
+    """In a daemon that has closed 0, 1 and 2 none of ours must get such a number: a child's own
+    standard descriptors would take its place, and lines for 1 and 2 would go into it."""
+    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        stack.callback(os.close, fd)
+    os.close(fd)
 
 
 def _interpreter_flags(environments: list[dict[str, str]]) -> list[str]:

@@ -148,7 +148,8 @@ class LocalEngine:
         self._callbacks.put(job)
 
     def refusal(self) -> Error | None:
-        return Closed() if self._closed else self.pump.ledger.refusal()
+        ledger = self.pump.ledger
+        return Closed(ledger.exiting) if self._closed else ledger.refusal()
 
     def owed(self) -> dict[int, Call]:
         with self.pump.lock:
@@ -186,7 +187,9 @@ class LocalEngine:
                     self._break(Garbled(rank, f"could not be started: {reason}"))
                 case Preloaded(seconds, refused):
                     self._preloaded(seconds, refused)
-                case Gone():
+                case Gone(left):
+                    if left:
+                        logger.error("%s: the kernel holds on to %s", self.name, left)
                     self._gone = True
                     self.pump.outer.unregister(self.control_fd)
                     self.pump.outer.unregister(self.launcher_pidfd)
@@ -206,7 +209,7 @@ class LocalEngine:
         """The launcher has ended before it said Gone: the ranks have a SIGKILL from the kernel."""
         self.pump.outer.unregister(self.control_fd)
         self.pump.outer.unregister(self.launcher_pidfd)
-        self.kill_ranks()
+        orphans = self.kill_ranks()
         if not self._finishing:
             _lifetime.wait_readable(
                 self.launcher_pidfd, 0.1
@@ -214,6 +217,11 @@ class LocalEngine:
             self._launcher.poll()
             ended = describe_exit(self._launcher.returncode)
             self._break(Garbled(-1, f"process {self._launcher.pid} {ended} ({reason})"))
+            self.pump.tell()
+            self.pump.rouse_leader()
+        for pidfd in orphans:  # nobody of ours can wait for them, but they may be watched
+            _lifetime.wait_readable(pidfd, LAUNCHER_PATIENCE)
+            os.close(pidfd)
         self._gone = True
         self._tell_news()
 
@@ -225,14 +233,21 @@ class LocalEngine:
         with self.pump.lock:
             self.pump.ledger.break_group(cause)
 
-    def kill_ranks(self) -> None:
-        """SIGKILL each rank's process group ourselves: the launcher cannot any more."""
+    def kill_ranks(self) -> list[int]:
+        """SIGKILL each rank's process group ourselves: the launcher cannot any more.
+
+        Returns a pidfd of each rank that still ends.
+        """
+        orphans = []
         for rank, pid in list(self.ranks.pids.items()):
             process = _procfs.stat(pid)
             if process is not None and process.starttime != self.ranks.starttimes[rank]:
                 continue  # the number has gone to somebody else
             with suppress(ProcessLookupError, PermissionError):
+                orphans.append(os.pidfd_open(pid))
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
+        return orphans
 
     # -- the ending of a broken group, and progress at start: the keeper's thread -------------
 
@@ -341,14 +356,7 @@ class LocalEngine:
                     stages.clear()
                     continue
                 stages.pop(0)
-            while not self._closed:
-                try:
-                    self._end_launcher()
-                    self._end_all()
-                except BaseException as error:
-                    if not is_interrupt(error):
-                        raise
-                    interrupted = error
+            interrupted = self._end_firmly() or interrupted
         if interrupted is not None:
             raise interrupted
 
@@ -356,9 +364,22 @@ class LocalEngine:
         """End everything at once."""
         self.pump.check_entry()
         with self._closing:
-            if not self._closed:
+            interrupted = self._end_firmly()
+        if interrupted is not None:
+            raise interrupted
+
+    def _end_firmly(self) -> BaseException | None:
+        """End what is left, however often a signal handler strikes. Returns what it raised last."""
+        interrupted = None
+        while not self._closed:
+            try:
                 self._end_launcher()
                 self._end_all()
+            except BaseException as error:
+                if not is_interrupt(error):
+                    raise
+                interrupted = error
+        return interrupted
 
     def _end_calls(self, until: float | None, drop: bool) -> None:
         with self.pump.lock:
@@ -413,10 +434,12 @@ class LocalEngine:
     def _kill_launcher(self) -> None:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.launcher_pidfd, signal.SIGKILL)
-        self.kill_ranks()
+        for pidfd in self.kill_ranks():
+            _lifetime.wait_readable(pidfd, LAUNCHER_PATIENCE)
+            os.close(pidfd)
 
     def _end_all(self) -> None:
-        self._printer.drain(LAUNCHER_PATIENCE)
+        self._printer.drain(LAUNCHER_PATIENCE)  # since it last got on
         self._printer.close()
         self.keeper.stop()
         self._callbacks.close()
@@ -444,9 +467,9 @@ class LocalEngine:
     def break_calls(self) -> None:
         """Settle every open call: the interpreter is about to exit."""
         with self.pump.lock:
-            self.pump.ledger.closing = True
+            self.pump.ledger.closing = self.pump.ledger.exiting = True
             for call in list(self.pump.ledger.open.values()):
-                self.pump.ledger.abort(call, Closed())
+                self.pump.ledger.abort(call, Closed(exiting=True))
         self.pump.tell()
         self.pump.rouse_leader()
 

@@ -95,7 +95,8 @@ class WorkerProcess:
         self._pidfd: int | None = None
         self._sentinel: int | None = None
         self._lock = threading.Lock()
-        weakref.finalize(self, _abandon, self._engine, rank).atexit = False
+        self._finalizer = weakref.finalize(self, _abandon, self._engine, rank)
+        self._finalizer.atexit = False
         when_settled(self._engine, boot, partial(setattr, engine, "starting", False))
         if logs == "prefix":
             show_original_prefix(self._engine, NAME)
@@ -141,6 +142,7 @@ class WorkerProcess:
         """Wait for its end, `timeout` seconds at most. Then nothing is left of it."""
         if self._await_end(deadline(check_timeout(timeout))):
             self._engine.close(REPORT_PATIENCE)
+            self._finalizer.detach()
             _alive.discard(self)
 
     def terminate(self) -> None:
@@ -209,9 +211,11 @@ class WorkerProcess:
     def wait(self, call: Call, until: float | None) -> bool:
         return self._engine.wait(call, until)
 
-    def look(self) -> None:
-        """Read what the worker has sent, if nobody does. Never waits."""
-        self._engine.pump.lead_once()
+    def look(self, call: Call) -> None:
+        """Read what the worker has sent, if `call` is open and nobody reads. Never waits."""
+        with suppress(ValueError):  # the group is closed just now: `call` has been settled
+            if not call.done:
+                self._engine.pump.lead_once()
 
     def watch(self, call: Call) -> None:
         """Have `call` settled as soon as its answer comes, though nobody waits for it."""

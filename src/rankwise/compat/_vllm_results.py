@@ -1,7 +1,7 @@
 """Results on their way to who waits for them.
 
-    answer of a worker > Pending.arrived > ResultQueue > ResultHandler.run > future    nobody waits
-    answer of a worker > Pending.attend, in the waiter's own thread > future           somebody does
+    answer of a worker > _arrived > ResultQueue > ResultHandler.run > future            nobody waits
+    answer of a worker > Pending.attend, in the waiter's own thread > future    somebody does
 
 In the module that this one succeeds every result passes through the handler's thread. Here that is
 the way of a result that nobody waits for (within a quarter of a second, or when `is_set` is asked).
@@ -13,9 +13,11 @@ first to decode an answer takes its ticket; the other leaves.
 from __future__ import annotations
 
 import threading
+import weakref
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from rankwise._deadline import check_timeout, deadline, left
 from rankwise.compat._vllm_worker import _TERMINATE, Result, logger
@@ -29,15 +31,13 @@ if TYPE_CHECKING:
     from rankwise._calls import Call
     from rankwise.compat._vllm_process import WorkerProcess
 
-    AnyFuture = "ResultFuture[Any] | asyncio.Future[Any]"
-
 T = TypeVar("T")
 
 
 class Pending:
     """A task that was sent to a worker; its answer, once the call is settled."""
 
-    __slots__ = ("_ticket", "_waiting", "call", "handler", "process", "task_id")
+    __slots__ = "__weakref__", "_ticket", "_waiting", "call", "handler", "process", "task_id"
 
     def __init__(
         self, task_id: object, call: Call, process: WorkerProcess, handler: ResultHandler
@@ -48,12 +48,9 @@ class Pending:
         self.handler = handler
         self._waiting: list[None] = []  # one item a waiter; lists change in one step
         self._ticket = [None]
-        call.watchers = [self.arrived]
-
-    def arrived(self) -> None:
-        """The call is settled. Runs where the sockets are read: it may only pass the word on."""
-        if not self._waiting or not self.handler.running:
-            self.handler.result_queue.put(self)
+        # Weak: a channel keeps the call that it was sending when its worker died, and a process
+        # that its own calls keep alive is never collected. `handler.sent` has us while we matter.
+        call.watchers = [partial(_arrived, weakref.ref(self))]
 
     def take(self) -> bool:
         """Whether the caller is to decode it: True for one caller alone."""
@@ -91,7 +88,7 @@ class Pending:
     def look(self) -> None:
         """Settle the future if the answer is there. Never waits."""
         if self.handler.running:
-            self.process.look()
+            self.process.look(self.call)
             if self.call.done:
                 self.settle()
 
@@ -102,7 +99,8 @@ class Pending:
             return
         self._waiting.append(None)
         try:
-            await _Arrival(self, loop)
+            if not self.call.done:
+                await _Arrival(self, loop)
             self.settle()
         finally:
             self._leave()
@@ -126,13 +124,19 @@ class Pending:
             self.process.settle(self.call)
 
 
-class _Arrival:
-    def __init__(self, pending: Pending, loop: asyncio.AbstractEventLoop) -> None:
-        self._pending = pending
-        self._loop = loop
+def _arrived(pending: weakref.ref[Pending]) -> None:
+    """The call is settled. Runs where the sockets are read: it may only pass the word on."""
+    self = pending()
+    if self is not None and not (self._waiting and self.handler.running):
+        self.handler.result_queue.put(self)
+
+
+class _Arrival(NamedTuple):
+    pending: Pending
+    loop: asyncio.AbstractEventLoop
 
     def __await__(self) -> Generator[object, None, None]:
-        return self._pending.process.await_call(self._pending.call, self._loop)
+        return self.pending.process.await_call(self.pending.call, self.loop)
 
 
 class ResultQueue(SimpleQueue[Any]):
@@ -218,13 +222,11 @@ def _settle_in_loop(future: asyncio.Future[Any], result: Result[Any]) -> None:
         return  # its task was cancelled
     if result.exception is None:
         future.set_result(result.value)
-    elif isinstance(result.exception, StopIteration):
-        # asyncio refuses it, and the waiter would wait for ever.
-        error = RuntimeError("the task raised StopIteration")
-        error.__cause__ = result.exception
-        future.set_exception(error)
-    else:
+        return
+    try:
         future.set_exception(result.exception)
+    except TypeError as error:  # asyncio takes no StopIteration, and the caller would wait for ever
+        future.set_exception(RuntimeError(f"the task raised {result.exception!r}: {error}"))
 
 
 class ResultHandler(threading.Thread):

@@ -34,6 +34,8 @@ RESET: Final = "\033[0;0m"
 
 logger = logging.getLogger("rankwise.compat.multiproc_worker_utils")
 
+_in_user_code = True  # in the factory, then in each task
+
 
 @dataclass
 class Result(Generic[T]):
@@ -81,13 +83,16 @@ def make_worker(environment: Mapping[str, str | None], blob: bytes) -> Served:
     the process learns of it, and the traceback is the last thing that the process says.
     """
     import multiprocessing.process
+    import signal
 
+    global _in_user_code
     for name, value in environment.items():
         if value is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
     multiprocessing.process.current_process().name = NAME
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         # Only now: what it imports must not see rankwise's own RANK.
         from rankwise.wire import codec
@@ -103,23 +108,39 @@ def make_worker(environment: Mapping[str, str | None], blob: bytes) -> Served:
         traceback.print_exc()
         _leave_process(1)
     logger.info("Worker ready; awaiting tasks")
+    _in_user_code = False
     return Served(worker)
 
 
 def run_task(worker: object, method: Method, /, *args: Any, **kwargs: Any) -> object:
     """Run one task. Its exception is logged and raised; SystemExit and KeyboardInterrupt end the
     process, the latter in order."""
+    global _in_user_code
+    _in_user_code = True
     try:
         return _bind(worker, method)(*args, **kwargs)
     except SystemExit as request:
         _leave_process(_exit_status(request))
     except KeyboardInterrupt:
-        _write_tunable_results()
-        logger.info("Worker exiting")
-        _leave_process(0)
+        _end_in_order()
     except BaseException:
         _log_failure(NAME, method)
         raise
+    finally:
+        _in_user_code = False
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """SIGINT: an idle worker ends in order, as the original's loop did."""
+    if _in_user_code:
+        raise KeyboardInterrupt
+    _end_in_order()
+
+
+def _end_in_order() -> NoReturn:
+    _write_tunable_results()
+    logger.info("Worker exiting")
+    _leave_process(0)
 
 
 def given_worker(

@@ -47,6 +47,7 @@ class Printer:
         self._change = threading.Condition(threading.Lock())
         self._put = 0
         self._done = 0
+        self._written = 0  # bytes, also of what is not done yet
         self._closing = False
         self._decoders = {
             stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in (1, 2)
@@ -71,11 +72,22 @@ class Printer:
             # Under the lock, so that nothing can come behind close()'s mark.
             self._queue.put((stream, data))
 
-    def drain(self, timeout: float | None = None) -> bool:
-        """Wait until all that was put is written; False if `timeout` seconds were not enough."""
+    def drain(self, patience: float | None = None) -> bool:
+        """Wait until all that was put is written; False once nothing got on for `patience` seconds.
+
+        A reader that is slow but reads is waited for: what was printed is not ours to throw away.
+        """
         with self._change:
             target = self._put
-            return self._change.wait_for(lambda: self._done >= target, timeout)
+            while self._done < target:
+                before = self._written
+                got_on = self._change.wait_for(
+                    lambda: self._done >= target or self._written > before,  # noqa: B023
+                    patience,
+                )
+                if not got_on:
+                    return False
+            return True
 
     def close(self) -> None:
         """End the thread. What was put is still written as far as it can be without waiting.
@@ -126,14 +138,15 @@ class Printer:
         left = memoryview(data)
         if stat.S_ISREG(os.fstat(fd).st_mode):
             while left:  # a file has no reader to wait for
-                left = left[os.write(fd, left) :]
+                left = left[self._got_on(os.write(fd, left)) :]
         ask = True
         while left:
             try:
                 if ask:
-                    left = left[os.pwritev(fd, (left,), -1, os.RWF_NOWAIT) :]
+                    count = os.pwritev(fd, (left,), -1, os.RWF_NOWAIT)
+                    left = left[self._got_on(count) :]
                     continue
-                left = left[os.write(fd, left[:_ONE_WRITE]) :]
+                left = left[self._got_on(os.write(fd, left[:_ONE_WRITE])) :]
             except BlockingIOError:
                 pass
             except OSError as error:
@@ -142,6 +155,12 @@ class Printer:
                 ask = False
             if left and not self._writable(fd):
                 return
+
+    def _got_on(self, count: int) -> int:
+        with self._change:
+            self._written += count
+            self._change.notify_all()
+        return count
 
     def _writable(self, fd: int) -> bool:
         """Wait until `fd` takes something; False if it does not and close() has been called:
@@ -161,5 +180,6 @@ def _is_descriptor(file: TextIO, stream: int) -> bool:
 
 
 def use_color(stream: int = 1) -> bool:
-    """Whether `stream` may be coloured: a terminal, and NO_COLOR (no-color.org) is not set."""
-    return not os.environ.get("NO_COLOR") and os.isatty(stream)
+    """Whether `stream` may be coloured: a terminal that can, and no NO_COLOR (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return not plain and os.isatty(stream)

@@ -142,10 +142,15 @@ class DriverChannel:
         except ConnectionError:  # not OSError: an alarm's handler may raise TimeoutError
             self.eof = True
             return False
-        if not chunks[-1]:
+        if chunks and not chunks[-1]:  # a handler's own call may have taken them all
             self.eof = True
             return False
         return True
+
+    @property
+    def holding(self) -> bool:
+        """Whether something was received that is no whole frame yet, or was left by one struck."""
+        return bool(self._chunks)
 
     def frames(self) -> tuple[list[tuple[int, int, bytes, int]], bytes, int]:
         """The whole frames among what was received: [(kind, call id, body, sequence)], data, used.

@@ -1,0 +1,217 @@
+"""close, aclose, kill, shutdown, with: what happens to calls, workers and threads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+
+import pytest
+from contract_worker import LAST_WINDOW, Managed, Worker
+
+from rankwise import GroupClosed
+
+
+def threads_of(name):
+    return [t.name for t in threading.enumerate() if t.name.startswith(f"rankwise-{name}")]
+
+
+def assert_closed(group):
+    assert not group.healthy
+    assert group.failure is None
+    for refused in (
+        lambda: group.call(Worker.get_rank),
+        lambda: group.submit(Worker.get_rank),
+        lambda: group.submit_each(Worker.get_rank),
+        lambda: group.scatter(Worker.add, [0] * len(group)),
+        lambda: group.collective_rpc("get_rank"),
+        lambda: group[0].call(Worker.get_rank),
+        lambda: group.options(timeout=1).call(Worker.get_rank),
+    ):
+        with pytest.raises(GroupClosed, match=f"^{group.name}: the group is closed: takes no more calls$"):
+            refused()
+    group.flush()
+    assert len(group.health()) == len(group)
+    assert {health.state for health in group.health()} == {"dead"}
+    assert threads_of(group.name) == []
+
+
+def test_close_waits_for_what_was_submitted(make):
+    group = make(world_size=1, name="ends")
+    futures = [group.submit(Worker.add, n, 0) for n in range(LAST_WINDOW * 2)]
+    group.close()
+    assert [future.result() for future in futures] == [[n] for n in range(LAST_WINDOW * 2)]
+    assert_closed(group)
+    group.close()
+    group.kill()
+    group.shutdown()
+
+
+def test_close_gives_up_after_its_timeout(make, gate):
+    group = make(world_size=1, name="slow")
+    future = group.submit(Worker.pass_gate, gate.path)
+    gate.entered(0)
+    group.close(timeout=0.1)
+    with pytest.raises(GroupClosed) as caught:
+        future.result()
+    assert str(caught.value) == "slow: the group is closed: pass_gate() was not answered"
+
+
+def test_kill_settles_every_open_call_with_group_closed(make, gate):
+    group = make(world_size=1, name="killed")
+    futures = [group.submit(Worker.pass_gate, gate.path)]
+    futures += [group.submit(Worker.get_rank) for _ in range(LAST_WINDOW + 5)]
+    gate.entered(0)
+    group.kill()
+    for future in futures:
+        with pytest.raises(GroupClosed):
+            future.result(timeout=10)
+    gate.open(0)
+
+
+def test_kill_of_an_idle_group_leaves_no_thread(make):
+    group = make(world_size=1, name="idle")
+    group.kill()
+    assert threads_of("idle") == []
+    assert_closed(group)
+
+
+def test_with_waits_for_all_after_a_normal_body(make):
+    with make(world_size=1, name="normal") as group:
+        futures = [group.submit(Worker.add, n, 0) for n in range(LAST_WINDOW * 2)]
+    assert futures[-1].result() == [2 * LAST_WINDOW - 1]
+    assert_closed(group)
+
+
+def test_with_drops_what_is_queued_after_an_exception(make, gate):
+    with pytest.raises(KeyError, match="body"), make(world_size=1, name="exc") as group:
+        running = group.submit(Worker.cancelled_at_gate, gate.path)
+        gate.entered(0)
+        queued = [group.submit(Worker.note, n) for n in range(LAST_WINDOW + 5)]
+        opener = threading.Thread(target=_open_when, args=(queued[-1], gate))
+        opener.start()
+        raise KeyError("body")
+    opener.join()
+    assert running.result() == [True], "its cancel flag was set, and it was waited for"
+    with pytest.raises(GroupClosed, match=r"^exc: the group is closed: note\(\) was not answ"):
+        queued[-1].result()
+    assert_closed(group)
+
+
+def _open_when(future, gate):
+    """Open the gate of rank 0 once `future` is settled."""
+    while not future.done():
+        os.sched_yield()
+    gate.open(0)
+
+
+def test_a_context_manager_is_left_when_the_body_fails_too(make, tmp_path):
+    with pytest.raises(ValueError), make(Managed, 1, args=(str(tmp_path),)):
+        raise ValueError
+    assert (tmp_path / "0").read_text() == "enter\nexit None None None\n"
+
+
+def test_close_from_another_thread_ends_a_waiter(make, gate):
+    group = make(world_size=1)
+    future = group.submit(Worker.pass_gate, gate.path)
+    gate.entered(0)
+    closer = threading.Thread(target=group.close, args=(0.1,))
+    closer.start()
+    with pytest.raises(GroupClosed):
+        future.result(timeout=20)
+    closer.join()
+    gate.open(0)
+
+
+def test_close_from_a_callback(make):
+    group = make(world_size=1, name="inner")
+    closed = threading.Event()
+
+    def close(future):
+        group.close()
+        closed.set()
+
+    group.submit(Worker.get_rank).add_done_callback(close)
+    assert closed.wait(20)
+    with pytest.raises(GroupClosed):
+        group.call(Worker.get_rank)
+
+
+def test_shutdown_waits(make):
+    group = make(world_size=1, name="down")
+    futures = [group.submit(Worker.add, n, 0) for n in range(LAST_WINDOW * 2)]
+    group.shutdown()
+    assert all(future.done() for future in futures)
+    assert futures[-1].result() == [2 * LAST_WINDOW - 1]
+    assert_closed(group)
+
+
+def test_shutdown_without_waiting_refuses_at_once_and_ends_in_the_background(make, gate):
+    group = make(world_size=1, name="later")
+    future = group.submit(Worker.pass_gate, gate.path)
+    gate.entered(0)
+    group.shutdown(wait=False)
+    with pytest.raises(GroupClosed):
+        group.call(Worker.get_rank)
+    assert not future.done()
+    gate.open(0)
+    assert future.result() == [0]
+    group.shutdown()
+    assert_closed(group)
+
+
+def test_shutdown_can_drop_what_is_queued(make, gate):
+    group = make(world_size=1, name="drop")
+    running = group.submit(Worker.pass_gate, gate.path)
+    gate.entered(0)
+    queued = [group.submit(Worker.note, n) for n in range(LAST_WINDOW + 5)]
+    opener = threading.Thread(target=_open_when, args=(queued[-1], gate))
+    opener.start()
+    group.shutdown(cancel_futures=True)
+    opener.join()
+    assert running.result() == [0]
+    assert queued[-1].done()
+    with pytest.raises(Exception) as caught:
+        queued[-1].result()
+    assert type(caught.value).__name__ in ("GroupClosed", "CancelledError")
+
+
+def test_aclose_does_not_block_the_loop(make, gate):
+    group = make(world_size=1, name="async")
+    future = group.submit(Worker.pass_gate, gate.path)
+    gate.entered(0)
+
+    async def main():
+        closing = asyncio.create_task(group.aclose())
+        while group.healthy:
+            await asyncio.sleep(0)
+        assert not closing.done()
+        gate.open(0)
+        await closing
+
+    asyncio.run(main())
+    assert future.result() == [0]
+    assert_closed(group)
+
+
+@pytest.mark.parametrize("timeout", ["1", True, float("nan")])
+def test_a_wrong_timeout_of_close_names_it(group, timeout):
+    with pytest.raises((TypeError, ValueError), match="timeout must be seconds"):
+        group.close(timeout)
+    assert group.call(Worker.get_rank) == [0, 1, 2], "nothing was closed"
+
+
+def test_a_group_that_is_collected_unclosed_warns_and_ends(backend):
+    import gc
+
+    from rankwise import WorkerGroup
+
+    group = WorkerGroup(Worker, 1, name="lost", backend=backend)
+    ours = [t for t in threading.enumerate() if t.name.startswith("rankwise-lost")]
+    with pytest.warns(ResourceWarning, match="the WorkerGroup 'lost' was collected without"):
+        del group
+        gc.collect()
+    for thread in ours:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert threads_of("lost") == []
