@@ -50,9 +50,6 @@ class Place:
         self.rank0: memoryview | None = None  # rank 0's status page; None for a thread's rank
         self.forked = False  # this is a child that the worker forked
 
-    def leave(self) -> None:
-        self.forked = True
-
 
 _process: Place | None = None
 _threads = threading.local()

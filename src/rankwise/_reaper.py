@@ -31,6 +31,8 @@ else:
 # How long nothing may end before what is left counts as out of the kernel's own reach (a driver or
 # a network file system that hangs). Freeing memory takes 30 ms a GB.
 PATIENCE: Final = 10.0
+# How long in all, though some still end: descendants that fork faster than they are killed.
+LIMIT: Final = 60.0
 _CRASH_REPORT: Final = 1 << 18
 
 
@@ -130,15 +132,15 @@ class Reaper:
             _kill_group(pid)  # all of them before anything else is done about one
         if not silent:
             self._note_kill(self.alive.values())
-        moved = clock()
+        moved = began = clock()
         while True:
             _kill_descendants()
             try:
-                while self.reap(silent=silent):
+                while self.reap(silent=silent) and clock() - began < LIMIT:
                     moved = clock()
             except ChildProcessError:
                 return ()
-            if clock() - moved > PATIENCE:
+            if clock() - moved > PATIENCE or clock() - began > LIMIT:
                 return tuple(_procfs.children(os.getpid()))
             wait()
 

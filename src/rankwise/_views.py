@@ -202,8 +202,10 @@ class View:
             self._ranks, timeout, reply_from, return_exceptions, on_error, grace
         )
         bare = self._bare
-        if reply_from is not KEEP and len(self._ranks) > 1:
+        if made.reply_from is not None:
             bare = made.reply_from
+        elif reply_from is not KEEP and len(self._ranks) > 1:
+            bare = None
         return make_view(self._engine, self._ranks, self._group, bare, made)
 
     def _pick(self, index: object) -> View:

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from _pickle import loads as plain_loads
+from functools import partial
 
 from rankwise import _context
 from rankwise._messages import (
@@ -37,6 +38,7 @@ from rankwise.wire.channel import TooLarge, WorkerChannel
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from socket import socket
     from typing import Protocol
 
     class Channel(Protocol):
@@ -180,6 +182,8 @@ def _leave(worker: object) -> None:
         try:
             if tunable.is_enabled() and tunable.tuning_is_enabled():
                 tunable.write_file()
+        except AttributeError:
+            pass  # a build of torch without CUDA has the module, but nothing behind it
         except Exception as error:
             _print_error("rankwise: TunableOp's results could not be written", error)
 
@@ -203,7 +207,7 @@ def main() -> None:
 def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: str) -> None:
     """Be rank `rank`: returns when the driver says so or has gone."""
     import faulthandler
-    import socket
+    from socket import socket
 
     from rankwise._status import StatusPage
 
@@ -213,13 +217,13 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
     faulthandler.enable(crash_fd, all_threads=True)
     _name_process(f"{name}:{rank}")
     _line_buffer()
-    sock = socket.socket(fileno=call_fd)
+    sock = socket(fileno=call_fd)
     channel = WorkerChannel(sock, 0.0)
     page = StatusPage(rank + 1, status_fd)
 
     def prepare(place: _context.Place, settings: dict[str, object]) -> None:
         # A child that the worker forks must not keep the call channel open after its death.
-        os.register_at_fork(after_in_child=lambda: (sock.close(), place.leave()))
+        os.register_at_fork(after_in_child=partial(_leave_child, sock, place))
         place.rank0 = page.words(0)
         _context.enter_process(place)
         sys.path[:] = settings["sys_path"]  # type: ignore[call-overload]
@@ -227,6 +231,11 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         channel.spin = settings["spin"]  # type: ignore[assignment]
 
     serve(channel, page.words(rank), prepare)
+
+
+def _leave_child(sock: socket, place: _context.Place) -> None:
+    sock.close()
+    place.forked = True
 
 
 def _name_process(name: str) -> None:

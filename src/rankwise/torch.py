@@ -2,7 +2,7 @@
 
     rank 0      listen on a free port > TCPStore(master_listen_fd=) > publish round and port
     all others  read them from rank 0's status page > TCPStore > "joined/RANK"
-    every rank  wait until all have joined, with one backend > torch.distributed.init_process_group(store=...)
+    every rank  wait until all have joined, wanting one backend > torch's init_process_group(store=)
 
 The usual way is to choose a free port, let go of it, and have rank 0 bind it again later: whoever
 binds it in between has it. Here the socket whose port is told listens from the moment the kernel

@@ -116,6 +116,6 @@ def test_gloo_may_be_taken_on_a_gpu():
 
 
 def test_more_ranks_than_gpus_are_told():
-    with WorkerGroup(Rank, GPUS + 1, args=(False,), devices="shared") as group:
-        with pytest.raises(RuntimeError, match=f"rank {GPUS} of workers has device {GPUS}"):
-            group[GPUS].call(Rank.join)
+    told = pytest.raises(RuntimeError, match=f"rank {GPUS} of workers has device {GPUS}")
+    with WorkerGroup(Rank, GPUS + 1, args=(False,), devices="shared") as group, told:
+        group[GPUS].call(Rank.join)

@@ -41,7 +41,7 @@ from rankwise.wire.control import ControlChannel
 
 __all__ = ["BORN", "FAMILY", "SECONDS", "Group", "Start", "ended", "ends", "lives"]
 
-SECONDS = 20.0  # no wait of these tests should take a tenth of it
+SECONDS = 60.0  # no wait of these tests should take a tenth of it
 
 WORKER = """
 import json, os, socket, sys

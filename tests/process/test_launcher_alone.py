@@ -259,7 +259,7 @@ def test_a_killed_driver_takes_everything_though_its_forked_child_holds_the_sock
                     os.kill(pid, signal.SIGSTOP)
             began = time.monotonic()
             driver.kill()
-        assert time.monotonic() - began < 2.0
+        assert time.monotonic() - began < 10.0
         os.kill(holder, signal.SIGKILL)
     driver.wait()
     driver.stdout.close()
@@ -299,4 +299,4 @@ def test_64_ranks_are_gone_within_moments_of_their_driver(start: Start, tmp_path
     with ends(group.process.pid, *group.pids.values()):
         began = time.monotonic()
         group.control.close()
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 10.0

@@ -125,5 +125,5 @@ def test_a_descendant_that_holds_the_pipe_does_not_delay_the_report(start: Start
     )
     group.tell("os._exit(0)")
     assert group.exited().log_tail == "half a line"
+    group.until(lambda: group.shown[1].endswith(b"half a line\n"))
     assert group.finish() == []
-    assert group.shown[1].endswith(b"half a line\n")

@@ -58,21 +58,25 @@ def when_settled(engine: LocalEngine, call: Call, then: Callable[[], object]) ->
     then()
 
 
-def submit_unwatched(engine: LocalEngine, call: Call) -> Error | None:
-    """Submit `call`, for which somebody is going to wait in a moment.
+def submit_call(engine: LocalEngine, call: Call, awaited: bool) -> Error | None:
+    """Submit `call`. `awaited`: without having the keeper watch for the answer, as
+    `Engine.submit` would, until whoever waits takes the lead.
 
-    `Engine.submit` would have the keeper watch for the answer until that moment. For one worker
-    this is nothing; whoever calls eight of them, each a group with a keeper of its own, and then
-    waits for one after the other, would find seven threads awake and in his way.
+    For one worker this is nothing. Whoever calls eight of them, each a group with a keeper of its
+    own, and then waits for one after the other, would find seven threads awake and in his way.
     """
     pump = engine.pump
     me = Waiter()
-    call.led = True
+    call.led = awaited
     try:
         refusal = pump.submit((call,), me)
         with pump.lock:
+            if pump.ledger.queued(0):
+                call.led = False  # it is long, or there is a queue: the keeper has to push it out
             if pump._leader is me:
                 pump._hand_on()
+            elif not call.led:
+                pump.rearm_if_unled()
     except BaseException:
         me.gone = True  # it may be leading: the keeper takes the lead away from it
         pump.kick()

@@ -36,7 +36,7 @@ from rankwise.compat._vllm_engine import (
     open_pidfd,
     settle_early,
     show_original_prefix,
-    submit_unwatched,
+    submit_call,
     wait_news,
     when_settled,
 )
@@ -200,12 +200,12 @@ class WorkerProcess:
 
     # -- its calls ----------------------------------------------------------------------------
 
-    def submit(self, call: Call) -> None:
+    def submit(self, call: Call, awaited: bool) -> None:
         """Send `call`, never blocks. Raises WorkerDied where the worker takes no more.
 
-        Its answer is read by who waits for it; else within a quarter of a second, or see `watch`.
+        awaited: somebody is about to wait for the answer, so nobody else need watch for it.
         """
-        if submit_unwatched(self._engine, call) is not None:
+        if submit_call(self._engine, call, awaited) is not None:
             raise self.died()
 
     def wait(self, call: Call, until: float | None) -> bool:

@@ -4,10 +4,13 @@
     answer of a worker > Pending.attend, in the waiter's own thread > future    somebody does
 
 In the module that this one succeeds every result passes through the handler's thread. Here that is
-the way of a result that nobody waits for (within a quarter of a second, or when `is_set` is asked).
-Who waits in `get()`, or awaits, reads the worker's socket himself, once the handler has been
-started, and settles the future as the handler would have done: out of `tasks` first. Whoever comes
-first to decode an answer takes its ticket; the other leaves.
+the way of a result that nobody waits for. Who waits in `get()`, or awaits, reads the worker's socket
+himself, once the handler has been started, and settles the future as the handler would have done:
+out of `tasks` first. Whoever comes first to decode an answer takes its ticket; the other leaves.
+
+A task is not watched at first: its caller is about to wait for it, and a thread of ours that wakes
+for the answer too would only be in his way (for eight workers, eight of them). The handler looks at
+the open tasks every 10 ms, and has those watched that it has seen before.
 """
 
 from __future__ import annotations
@@ -20,8 +23,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from rankwise._deadline import check_timeout, deadline, left
-from rankwise.compat._vllm_worker import _TERMINATE, Result, logger
-from rankwise.errors import WorkerDied
+from rankwise.compat._vllm_worker import Result
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from rankwise._calls import Call
+    from rankwise.compat._vllm_handler import ResultHandler
     from rankwise.compat._vllm_process import WorkerProcess
 
 T = TypeVar("T")
@@ -37,7 +40,9 @@ T = TypeVar("T")
 class Pending:
     """A task that was sent to a worker; its answer, once the call is settled."""
 
-    __slots__ = "__weakref__", "_ticket", "_waiting", "call", "handler", "process", "task_id"
+    __slots__ = (
+        "__weakref__", "_ticket", "_waiting", "call", "handler", "looks", "process", "task_id",
+    )  # fmt: skip
 
     def __init__(
         self, task_id: object, call: Call, process: WorkerProcess, handler: ResultHandler
@@ -48,9 +53,15 @@ class Pending:
         self.handler = handler
         self._waiting: list[None] = []  # one item a waiter; lists change in one step
         self._ticket = [None]
+        self.looks = 0  # of the handler
         # Weak: a channel keeps the call that it was sending when its worker died, and a process
         # that its own calls keep alive is never collected. `handler.sent` has us while we matter.
         call.watchers = [partial(_arrived, weakref.ref(self))]
+
+    def watch(self) -> None:
+        """Have the answer read as it comes, unless somebody waits for it and reads it himself."""
+        if not self._waiting:
+            self.process.watch(self.call)
 
     def take(self) -> bool:
         """Whether the caller is to decode it: True for one caller alone."""
@@ -76,7 +87,6 @@ class Pending:
     def attend(self, until: float | None) -> None:
         """Wait for the answer, reading the worker's socket, and settle the future with it."""
         if not self.handler.running:
-            self.process.watch(self.call)
             return  # nothing is settled before the handler runs
         self._waiting.append(None)
         try:
@@ -95,7 +105,6 @@ class Pending:
     async def attend_in(self, loop: asyncio.AbstractEventLoop) -> None:
         """The same in an event loop."""
         if not self.handler.running:
-            self.process.watch(self.call)
             return
         self._waiting.append(None)
         try:
@@ -227,74 +236,3 @@ def _settle_in_loop(future: asyncio.Future[Any], result: Result[Any]) -> None:
         future.set_exception(result.exception)
     except TypeError as error:  # asyncio takes no StopIteration, and the caller would wait for ever
         future.set_exception(RuntimeError(f"the task raised {result.exception!r}: {error}"))
-
-
-class ResultHandler(threading.Thread):
-    """Settles the futures of all workers. A daemon thread; `start()` is the caller's to call.
-
-    result_queue: takes `Result` objects. tasks: the open ones, task id -> ResultFuture or
-    asyncio.Future; an entry goes when its future is settled.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(name="rankwise-results", daemon=True)
-        self.result_queue = ResultQueue()
-        self.tasks: dict[object, ResultFuture[Any] | asyncio.Future[Any]] = {}
-        self.running = False  # from now on who waits may settle his future himself
-        self.closed = False
-        self.sent: dict[object, Pending] = {}
-        self._order = threading.Lock()
-
-    def run(self) -> None:
-        self.running = True
-        try:
-            for result in iter(self.result_queue.get, _TERMINATE):
-                try:
-                    self.settle(result)
-                except Exception:
-                    # What was put here is no Result, say. The answers behind it matter more.
-                    logger.exception("a result could not be handed over")
-        finally:
-            self.running = False
-            self._settle_all()
-
-    def close(self) -> None:
-        """End the thread. Every task that is open then gets a ChildProcessError."""
-        with self._order:
-            self.closed = True
-        self.result_queue.put(_TERMINATE)
-        if self.ident is None and not self.running:
-            self._settle_all()  # it was never started, and nobody is to wait for ever
-
-    def expect(self, pending: Pending) -> None:
-        """`pending`, whose future is in `tasks`, is about to be sent. ValueError: we are closed."""
-        # Either close() comes first and the task is refused, or this does and `_settle_all` finds
-        # it: no task can slip in between and wait for ever.
-        with self._order:
-            if self.closed:
-                raise ValueError("the ResultHandler is closed")
-            self.sent[pending.task_id] = pending
-
-    def forget(self, task_id: object) -> None:
-        self.tasks.pop(task_id, None)
-        self.sent.pop(task_id, None)
-
-    def settle(self, result: Result[Any]) -> None:
-        """Settle the future of `result`; one that is not known is nobody's any more."""
-        self.sent.pop(result.task_id, None)
-        future = self.tasks.pop(result.task_id, None)
-        if future is not None:
-            _set_future_result(future, result)
-
-    def _settle_all(self) -> None:
-        for task_id in list(self.tasks):
-            future = self.tasks.pop(task_id, None)
-            pending = self.sent.pop(task_id, None)
-            if future is None:
-                continue
-            if pending is None:
-                error = WorkerDied("worker died: the ResultHandler was closed")
-                _set_future_result(future, Result(task_id, exception=error))
-            else:
-                _set_future_result(future, pending.close())
-                pending.release()

@@ -1,7 +1,8 @@
 """A drop-in for `vllm.executor.multiproc_worker_utils`: change the import line, and no more.
 
     execute_method > _TaskQueue ==frame==> worker process > your method           (_vllm_worker)
-    ResultFuture   < Pending < ResultHandler, or the waiter  <==frame==  answer   (_vllm_results)
+    ResultFuture   < Pending < ResultHandler, or the waiter  <==frame==  answer   (_vllm_results,
+                                                                              _vllm_handler)
     WorkerMonitor  < WorkerProcess.sentinel: one ends, and all are ended          (_vllm_process)
     set_multiprocessing_worker_envs: before all this, in the parent           (_vllm_environment)
 
@@ -19,13 +20,9 @@ from typing import Any
 
 from rankwise.compat._vllm_calls import make_call
 from rankwise.compat._vllm_environment import mp_context, set_multiprocessing_worker_envs
+from rankwise.compat._vllm_handler import ResultHandler
 from rankwise.compat._vllm_process import WorkerProcess
-from rankwise.compat._vllm_results import (
-    Pending,
-    ResultFuture,
-    ResultHandler,
-    _set_future_result,
-)
+from rankwise.compat._vllm_results import Pending, ResultFuture, _set_future_result
 from rankwise.compat._vllm_worker import (
     _TERMINATE,
     CYAN,
@@ -184,7 +181,7 @@ class _TaskQueue:
         if isinstance(future, ResultFuture):
             future.pending = pending
         self._handler.expect(pending)
-        self._process.submit(call)
+        self._process.submit(call, self._handler.running)
         return pending
 
     def _check_open(self) -> None:

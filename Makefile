@@ -1,0 +1,56 @@
+# All but `clean` first install what they need into .venv: nothing but Python, its venv and make has
+# to be there, and nothing is written outside this folder but pip's cache.
+#
+#   PYTHON=python3.12   the Python that .venv is made with: 3.11 or newer, python3 if not given
+#   ARGS="..."          goes to the program: make test ARGS="-k death", make demo ARGS="--world-size 4"
+#   TORCH=0             tests and checks without torch; those that need it are skipped
+
+BIN := .venv/bin
+INSTALL := @PYTHON="$(PYTHON)" sh scripts/install
+comma := ,
+TEST := test$(if $(filter 0,$(TORCH)),,$(comma)test-torch)
+N ?= 50
+
+.PHONY: help demo test check bench soak clean
+.NOTPARALLEL:
+
+help:
+	@echo "make demo    a real transformer, split over worker processes, writes a text"
+	@echo "make test    all tests"
+	@echo "make check   lint, types, import rules, unit and contract tests: what to run before a commit"
+	@echo "make bench   what a call costs, beside the floor and the alternatives"
+	@echo "make soak    the process and fault tests N=$(N) times, until one fails"
+	@echo "make clean   remove .venv and all caches"
+
+demo:
+	$(INSTALL) demo
+	@$(BIN)/python examples/tensor_parallel/generate.py $(ARGS)
+
+test:
+	$(INSTALL) $(TEST)
+	@$(BIN)/python -m pytest $(ARGS)
+
+# The import rules are tests/unit/test_imports.py; mypy's --strict is in pyproject.toml.
+check:
+	$(INSTALL) $(TEST),check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q $(wildcard tests/unit tests/contract) $(ARGS)
+
+bench:
+	$(INSTALL) bench
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+soak:
+	$(INSTALL) $(TEST)
+	@green=0; while [ $$green -lt $(N) ]; do \
+		$(BIN)/python -m pytest -q -x $(wildcard tests/process tests/faults) $(ARGS) || \
+			{ echo "soak: $$green of $(N) rounds were green, the next was not"; exit 1; }; \
+		green=$$((green + 1)); echo "soak: $$green of $(N) rounds green"; \
+	done
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
