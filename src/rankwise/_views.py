@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 class View:
@@ -113,9 +114,15 @@ class View:
         }
         return self._make_call(name, b"", bodies)
 
+    @overload
     def submit_each(
-        self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any
-    ) -> list[GroupFuture[R]]:
+        self, method: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> list[GroupFuture[R]]: ...
+    @overload
+    def submit_each(
+        self, method: str, /, *args: Any, **kwargs: Any
+    ) -> list[GroupFuture[Any]]: ...
+    def submit_each(self, method: object, /, *args: Any, **kwargs: Any) -> list[GroupFuture[Any]]:
         """Like `submit`, but one future a rank, in the view's order, settled each by its own rank.
 
         Each has `.rank`. A rank that fails leaves the others alone (`on_error` is "continue").
@@ -138,7 +145,7 @@ class View:
             )
             for rank in self._ranks
         )
-        futures = [GroupFuture[R](call, engine, self._group) for call in calls]
+        futures = [GroupFuture[Any](call, engine, self._group) for call in calls]
         refusal = engine.submit(calls)
         if refusal is not None:
             for future in futures:
@@ -218,33 +225,72 @@ class View:
 class OneView(View):
     """A view whose calls give one rank's bare value."""
 
+    @overload
     def call(
-        self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any
-    ) -> R:
+        self, method: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R: ...
+    @overload
+    def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any: ...
+    def call(self, method: object, /, *args: Any, **kwargs: Any) -> Any:
         """Run `method` on the view's ranks and wait for the value. Raises what it raised."""
-        result: R = self._run(self._make(method, args, kwargs))
-        return result
+        return self._run(self._make(method, args, kwargs))
 
+    @overload
     def submit(
-        self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any
-    ) -> GroupFuture[R]:
+        self, method: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> GroupFuture[R]: ...
+    @overload
+    def submit(self, method: str, /, *args: Any, **kwargs: Any) -> GroupFuture[Any]: ...
+    def submit(self, method: object, /, *args: Any, **kwargs: Any) -> GroupFuture[Any]:
         """Like `call`, but returns at once, never blocks, and gives a future."""
         return self._submit(self._make(method, args, kwargs))
 
+    @overload
     def scatter(
         self,
-        method: Callable[..., R] | str,
-        parts: Sequence[Any],
+        method: Callable[Concatenate[Any, T, P], R],
+        parts: Sequence[T],
         /,
-        *args: Any,
-        **kwargs: Any,
-    ) -> R:
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R: ...
+    @overload
+    def scatter(
+        self, method: str, parts: Sequence[Any], /, *args: Any, **kwargs: Any
+    ) -> Any: ...
+    def scatter(self, method: object, parts: object, /, *args: Any, **kwargs: Any) -> Any:
         """`call`, with the i-th of `parts` before the other arguments for the i-th rank."""
-        result: R = self._run(self._scatter(method, parts, args, kwargs))
-        return result
+        return self._run(self._scatter(method, parts, args, kwargs))
 
-    def __getitem__(self, index: int | slice | Sequence[int]) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> OneView: ...
+    @overload
+    def __getitem__(self, index: slice | Sequence[int]) -> ManyView: ...
+    def __getitem__(self, index: Any) -> Any:
         return self._pick(index)
+
+    if TYPE_CHECKING:
+
+        @overload  # with reply_from=None, the view of several ranks is back
+        def options(
+            self,
+            timeout: float | None = ...,
+            *,
+            reply_from: None,
+            return_exceptions: bool = ...,
+            on_error: Literal["fail", "continue"] = ...,
+            grace: float = ...,
+        ) -> Any: ...
+        @overload
+        def options(
+            self,
+            timeout: float | None = ...,
+            reply_from: int = ...,
+            return_exceptions: bool = ...,
+            on_error: Literal["fail", "continue"] = ...,
+            grace: float = ...,
+        ) -> OneView: ...
+        def options(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @property
     def rank(self) -> int:
@@ -256,38 +302,50 @@ class OneView(View):
 class ManyView(View):
     """A view whose calls give a list, in the view's order."""
 
+    @overload
     def call(
-        self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any
-    ) -> list[R]:
+        self, method: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> list[R]: ...
+    @overload
+    def call(self, method: str, /, *args: Any, **kwargs: Any) -> list[Any]: ...
+    def call(self, method: object, /, *args: Any, **kwargs: Any) -> Any:
         """Run `method` on every rank of the view and wait: a list, in the view's order.
 
         method: a function of the worker's class, its name, or any callable, which is sent by value
             and called as `f(worker, *args, **kwargs)`. All that follows is the method's own.
         Raises what the rank raised that failed first; see `options` for the rest.
         """
-        result: list[R] = self._run(self._make(method, args, kwargs))
-        return result
+        return self._run(self._make(method, args, kwargs))
 
+    @overload
     def submit(
-        self, method: Callable[Concatenate[Any, P], R] | str, /, *args: Any, **kwargs: Any
-    ) -> GroupFuture[list[R]]:
+        self, method: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
+    ) -> GroupFuture[list[R]]: ...
+    @overload
+    def submit(self, method: str, /, *args: Any, **kwargs: Any) -> GroupFuture[list[Any]]: ...
+    def submit(self, method: object, /, *args: Any, **kwargs: Any) -> GroupFuture[Any]:
         """Like `call`, but returns at once, never blocks, and gives a future."""
         return self._submit(self._make(method, args, kwargs))
 
+    @overload
     def scatter(
         self,
-        method: Callable[..., R] | str,
-        parts: Sequence[Any],
+        method: Callable[Concatenate[Any, T, P], R],
+        parts: Sequence[T],
         /,
-        *args: Any,
-        **kwargs: Any,
-    ) -> list[R]:
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> list[R]: ...
+    @overload
+    def scatter(
+        self, method: str, parts: Sequence[Any], /, *args: Any, **kwargs: Any
+    ) -> list[Any]: ...
+    def scatter(self, method: object, parts: object, /, *args: Any, **kwargs: Any) -> Any:
         """`call`, with the i-th of `parts` before the other arguments for the i-th rank.
 
         Raises ValueError where `parts` has not one item a rank.
         """
-        result: list[R] = self._run(self._scatter(method, parts, args, kwargs))
-        return result
+        return self._run(self._scatter(method, parts, args, kwargs))
 
     @overload
     def __getitem__(self, index: int) -> OneView: ...

@@ -32,7 +32,10 @@ def _count() -> int:
 GPUS = _count()
 RANKS = min(GPUS, 2)
 
-pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU that torch can use")
+pytestmark = [
+    pytest.mark.skipif(not GPUS, reason="needs a GPU that torch can use"),
+    pytest.mark.limit(300),  # torch with CUDA is several gigabytes to load
+]
 
 
 class Rank:

@@ -195,6 +195,7 @@ def _rounds(count: int, start: object, label: str) -> None:
 # -- the promise ------------------------------------------------------------------------------
 
 
+@pytest.mark.limit(5 * LIMIT)
 def test_a_reserved_port_is_never_lost(grabber):
     def start(index: int) -> WorkerGroup[Meeting]:
         return WorkerGroup(Meeting, 2, args=(index,), start_method="forkserver")
@@ -203,6 +204,7 @@ def test_a_reserved_port_is_never_lost(grabber):
 
 
 @needs_torch
+@pytest.mark.limit(LIMIT * (ROUNDS + 1))
 @pytest.mark.parametrize("how", ["ours", "plain"])
 def test_eight_groups_at_once_never_collide(how, grabber):
     def start(index: int) -> WorkerGroup[Reduction]:

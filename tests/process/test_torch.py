@@ -21,7 +21,10 @@ import pytest
 import rankwise
 from rankwise import WorkerGroup, worker_info
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch"),
+    pytest.mark.limit(180),  # an import of torch takes a second, or ten where others compute too
+]
 
 # By value: a worker need not import this file, and pytest with it.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

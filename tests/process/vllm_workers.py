@@ -131,3 +131,5 @@ def start(handler):
         worker.kill_worker()
         worker.process.join(SECONDS)
         assert not worker.process.is_alive()
+    workers.clear()  # pytest keeps `one`; a process that has ended keeps its sentinel
+    del worker

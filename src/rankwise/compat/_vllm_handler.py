@@ -1,8 +1,8 @@
 """ResultHandler: the thread that settles futures, and sees to the tasks that nobody waits for.
 
-    result_queue > run > settle > out of `tasks` > the future
-    sent, looked at twice > Pending.watch > its answer comes through result_queue
-    close > "TERMINATE" > run ends > every open future is settled: "worker died"
+result_queue > run > settle > out of `tasks` > the future
+sent, looked at twice > Pending.watch > its answer comes through result_queue
+close > "TERMINATE" > run ends > every open future is settled: "worker died"
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class ResultHandler(threading.Thread):
                 except Exception:
                     # What was put here is no Result, say. The answers behind it matter more.
                     logger.exception("a result could not be handed over")
+                del result  # the thread, while it waits, keeps no value alive
         finally:
             self.running = False
             self._settle_all()
@@ -70,11 +71,15 @@ class ResultHandler(threading.Thread):
                 result = self.result_queue.get(True, None if self._dozing else LOOK)
                 if result is not _WAKE:
                     return result
-            self._idle_looks = 0 if self.sent else self._idle_looks + 1
-            for pending in list(self.sent.values()):
-                pending.looks += 1
-                if pending.looks == 2:
-                    pending.watch()
+            self._look()
+
+    def _look(self) -> None:
+        # In a frame of its own: nor does it keep a task, and with it a worker.
+        self._idle_looks = 0 if self.sent else self._idle_looks + 1
+        for pending in list(self.sent.values()):
+            pending.looks += 1
+            if pending.looks == 2:
+                pending.watch()
 
     def close(self) -> None:
         """End the thread. Every task that is open then gets a ChildProcessError."""

@@ -4,9 +4,9 @@
     answer of a worker > Pending.attend, in the waiter's own thread > future    somebody does
 
 In the module that this one succeeds every result passes through the handler's thread. Here that is
-the way of a result that nobody waits for. Who waits in `get()`, or awaits, reads the worker's socket
-himself, once the handler has been started, and settles the future as the handler would have done:
-out of `tasks` first. Whoever comes first to decode an answer takes its ticket; the other leaves.
+the way of a result that nobody waits for. Who waits in `get()`, or awaits, reads the worker's
+socket himself, once the handler has been started, and settles the future as the handler would have
+done: out of `tasks` first. Whoever comes first to decode an answer takes its ticket.
 
 A task is not watched at first: its caller is about to wait for it, and a thread of ours that wakes
 for the answer too would only be in his way (for eight workers, eight of them). The handler looks at
