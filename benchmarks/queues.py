@@ -1,4 +1,4 @@
-"""The design that rankwise succeeds: a task queue a worker, one result queue, a thread that hands on.
+"""The design that rankwise succeeds: a task queue a worker, one result queue, and a thread.
 
 Written afresh after its description: each worker takes `(id, method, args, kwargs)` from a
 `multiprocessing` queue of its own, all put their results into one shared queue, a handler thread

@@ -108,14 +108,21 @@ def measure_floor(ranks: int, seconds: float) -> float:
     import subprocess
 
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from floor import Floor; import time, statistics\n"
+        "import statistics, sys, time; sys.path.insert(0, sys.argv[1]); from floor import Floor\n"
         "floor = Floor(int(sys.argv[2])); clock = time.perf_counter; samples = []\n"
         "end = clock() + float(sys.argv[3]); number = 0\n"
         "while (began := clock()) < end:\n"
         "    floor.call(number); samples.append(clock() - began); number += 1\n"
         "print(statistics.median(samples[len(samples) // 5:])); floor.close()\n"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(ranks), str(seconds * 1.2)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        str(Path(__file__).parent),
+        str(ranks),
+        str(seconds * 1.2),
+    ]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

@@ -34,54 +34,72 @@ if TYPE_CHECKING:
         @property
         def inert(self) -> str | None:
             """Why this process may not use it (a forked child's copy), or None."""
+            ...
 
         def run(self, call: Call) -> Error | None:
             """Submit `call` and wait until it is settled. Returns why it was refused, or None."""
+            ...
 
         def submit(self, calls: tuple[Call, ...]) -> Error | None:
             """Give `calls` their place in the order. Never blocks. Returns as `run` does."""
+            ...
 
         def barrier(self, call: Call) -> None:
             """Settle `call` once every call before it has ended."""
+            ...
 
         def wait(self, call: Call, until: float | None) -> bool:
             """Wait until `call` is settled (True), or until the clock reads `until` (False)."""
+            ...
 
         def await_call(self, call: Call, loop: AbstractEventLoop) -> Generator[object, None, None]:
             """Wait in `loop` until `call` is settled."""
+            ...
 
         def cancel(self, call: Call) -> bool:
             """Drop `call` if no byte of it was sent (True), else tell the ranks (False)."""
+            ...
 
         def watch(self, future: GroupFuture[Any]) -> None:
             """Somebody who does not wait in `result` wants to hear of `future`."""
+            ...
 
         def defer(self, job: Callable[[], object]) -> None:
             """Run `job` on the group's callback thread."""
+            ...
 
         def unfetched(self, future: GroupFuture[Any]) -> None:
             """`future` failed and is gone without anybody having asked for its outcome."""
+            ...
 
         def refusal(self) -> Error | None:
             """Why no call can be taken now, or None."""
+            ...
 
         def owed(self) -> dict[int, Call]:
             """For each rank that owes an answer, the oldest call that it owes."""
+            ...
 
         def abandon(self) -> bool:
             """The group was collected; False where it had ended."""
+            ...
 
         def break_calls(self) -> None:
             """Settle every open call: the interpreter is about to exit."""
+            ...
 
         def become_inert(self, owner: int) -> None:
             """This is a forked child's copy: close its descriptors, touch nothing else."""
+            ...
 
         def close(self, timeout: float | None, *, drop: bool = False) -> None:
             """End in order; `drop`: without what is queued, and with the cancel flags set."""
+            ...
 
         def refuse(self) -> None:
             """Take no more calls."""
+            ...
 
         def kill(self) -> None:
             """End at once."""
+            ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from rankwise._checks import at_least, choice, is_list, seconds, wrong_value
@@ -88,10 +89,10 @@ def pick(ranks: tuple[int, ...], index: object) -> int | tuple[int, ...]:
     return ranks[_place(index, len(ranks))]
 
 
-def _place(index: object, size: int) -> int:
+def _place(index: Any, size: int) -> int:
     if isinstance(index, bool) or not hasattr(index, "__index__"):
         raise TypeError(f"an index must be an int, a slice or a list of ints, not {index!r}")
-    place: int = index.__index__()
+    place = operator.index(index)
     if not -size <= place < size:
         raise IndexError(f"index {place} is out of range: the view has {size} ranks")
     return place % size

@@ -141,7 +141,8 @@ def reserved_variables(
     devices: str | tuple[int | str, ...] | None, threads: int | str | None
 ) -> dict[str, str]:
     """The variables that a user's ``env`` must not set, each with who sets it."""
-    reserved = dict.fromkeys(RANK_VARIABLES, "rankwise")
+    reserved: dict[str, str] = {}
+    reserved |= dict.fromkeys(RANK_VARIABLES, "rankwise")
     if devices not in (None, "shared"):
         reserved |= dict.fromkeys(VISIBILITY_VARIABLES, f"devices={shorten(devices)}")
     if isinstance(threads, int):

@@ -47,7 +47,8 @@ class GroupStart:
         return self._ready().__await__()
 
     async def _ready(self) -> WorkerGroup:
-        if self._group is None:
+        group = self._group
+        if group is None:
             try:
                 async with asyncio.timeout(left(self._until)):
                     await _Settled(self._engine, self._boot)
@@ -58,10 +59,10 @@ class GroupStart:
                 await in_thread(self._engine.kill)
                 raise
             self._finalizer.detach()
-            self._group = await in_thread(
+            self._group = group = await in_thread(
                 self._adopt, self._spec, self._engine, self._boot, not self._boot.done
             )
-        return self._group
+        return group
 
     async def __aenter__(self) -> WorkerGroup:
         return await self

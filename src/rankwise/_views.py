@@ -100,17 +100,17 @@ class View:
         return future
 
     def _scatter(
-        self, method: object, parts: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, method: object, parts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Call:
         name, sent = resolve_method(method)
         if isinstance(parts, (str, bytes, dict, set, frozenset)) or not hasattr(parts, "__len__"):
             raise wrong_type("parts", "a sequence with one item a rank", parts)
         size = len(self._ranks)
-        if len(parts) != size:  # type: ignore[arg-type]
-            raise ValueError(f"parts must have one item a rank, {size}, not {len(parts)}")  # type: ignore[arg-type]
+        if len(parts) != size:
+            raise ValueError(f"parts must have one item a rank, {size}, not {len(parts)}")
         bodies = {
             rank: encode_call(sent, (part, *args), kwargs)
-            for rank, part in zip(self._ranks, parts, strict=True)  # type: ignore[call-overload]
+            for rank, part in zip(self._ranks, parts, strict=True)
         }
         return self._make_call(name, b"", bodies)
 
@@ -119,9 +119,7 @@ class View:
         self, method: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs
     ) -> list[GroupFuture[R]]: ...
     @overload
-    def submit_each(
-        self, method: str, /, *args: Any, **kwargs: Any
-    ) -> list[GroupFuture[Any]]: ...
+    def submit_each(self, method: str, /, *args: Any, **kwargs: Any) -> list[GroupFuture[Any]]: ...
     def submit_each(self, method: object, /, *args: Any, **kwargs: Any) -> list[GroupFuture[Any]]:
         """Like `submit`, but one future a rank, in the view's order, settled each by its own rank.
 
@@ -194,7 +192,7 @@ class View:
         timeout: float | None = KEEP,
         reply_from: int | None = KEEP,
         return_exceptions: bool = KEEP,
-        on_error: str = KEEP,
+        on_error: Literal["fail", "continue"] = KEEP,
         grace: float = KEEP,
     ) -> Any:
         """A view of the same ranks whose calls have these options; what is not given stays.
@@ -255,9 +253,7 @@ class OneView(View):
         **kwargs: P.kwargs,
     ) -> R: ...
     @overload
-    def scatter(
-        self, method: str, parts: Sequence[Any], /, *args: Any, **kwargs: Any
-    ) -> Any: ...
+    def scatter(self, method: str, parts: Sequence[Any], /, *args: Any, **kwargs: Any) -> Any: ...
     def scatter(self, method: object, parts: object, /, *args: Any, **kwargs: Any) -> Any:
         """`call`, with the i-th of `parts` before the other arguments for the i-th rank."""
         return self._run(self._scatter(method, parts, args, kwargs))
@@ -271,16 +267,6 @@ class OneView(View):
 
     if TYPE_CHECKING:
 
-        @overload  # with reply_from=None, the view of several ranks is back
-        def options(
-            self,
-            timeout: float | None = ...,
-            *,
-            reply_from: None,
-            return_exceptions: bool = ...,
-            on_error: Literal["fail", "continue"] = ...,
-            grace: float = ...,
-        ) -> Any: ...
         @overload
         def options(
             self,
@@ -290,6 +276,15 @@ class OneView(View):
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
         ) -> OneView: ...
+        @overload  # with reply_from=None it may be a view of several ranks again
+        def options(
+            self,
+            timeout: float | None = ...,
+            reply_from: int | None = ...,
+            return_exceptions: bool = ...,
+            on_error: Literal["fail", "continue"] = ...,
+            grace: float = ...,
+        ) -> Any: ...
         def options(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @property
@@ -375,6 +370,15 @@ class ManyView(View):
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
         ) -> ManyView: ...
+        @overload
+        def options(
+            self,
+            timeout: float | None = ...,
+            reply_from: int | None = ...,
+            return_exceptions: bool = ...,
+            on_error: Literal["fail", "continue"] = ...,
+            grace: float = ...,
+        ) -> Any: ...
         def options(self, *args: Any, **kwargs: Any) -> Any: ...
 
 

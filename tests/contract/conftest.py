@@ -39,9 +39,7 @@ class Shared:
             except WorkerGroupError:
                 pass
             self.end()
-        made = WorkerGroup(
-            Worker, WORLD_SIZE, args=("a",), kwargs={"b": 2}, backend=self._backend
-        )
+        made = WorkerGroup(Worker, WORLD_SIZE, args=("a",), kwargs={"b": 2}, backend=self._backend)
         self._group = made
         # The callback thread lives as long as the group: it is no leak of the test that needs it.
         made.submit(Worker.get_rank).add_done_callback(lambda future: future.result())

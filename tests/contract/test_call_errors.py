@@ -296,7 +296,9 @@ def test_a_failure_that_nobody_fetched_is_logged_once(group, caplog):
     group.call(Worker.get_rank)
     messages = [r.getMessage() for r in caplog.records if "nobody asked" in r.getMessage()]
     assert len(messages) == 1
-    assert "nobody fetched the exception of fail() on rank 1: ValueError: nobody asked" in messages[0]
+    assert (
+        "nobody fetched the exception of fail() on rank 1: ValueError: nobody asked" in messages[0]
+    )
 
 
 def test_a_failure_that_was_fetched_is_not_logged(group, caplog):

@@ -203,7 +203,9 @@ def test_who_does_not_leave_a_failed_call_in_time_breaks_the_group(make, gate, v
     assert error.first.args == ("no", 0)
     assert error.__cause__ is error.first
     text = str(error)
-    assert "rank 0 failed in fail_or_wait() (ValueError: ('no', 0)) and rank 1 had not left it" in text
+    assert (
+        "rank 0 failed in fail_or_wait() (ValueError: ('no', 0)) and rank 1 had not left it" in text
+    )
     assert "0.2 s later (option grace)" in text
     assert text.endswith("workers is broken and takes no more calls: make a new group")
     with pytest.raises(GroupBroken) as again:

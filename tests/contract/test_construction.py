@@ -31,7 +31,7 @@ def test_per_rank_gives_each_rank_its_own(make):
 
 
 def test_per_rank_args_go_with_common_kwargs(make):
-    group = make(args=per_rank(([rank] for rank in range(2))), kwargs={"k": "all"})
+    group = make(args=per_rank([rank] for rank in range(2)), kwargs={"k": "all"})
     assert group.call(Worker.made_with) == [((0,), {"k": "all"}), ((1,), {"k": "all"})]
 
 

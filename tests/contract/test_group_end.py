@@ -28,7 +28,9 @@ def assert_closed(group):
         lambda: group[0].call(Worker.get_rank),
         lambda: group.options(timeout=1).call(Worker.get_rank),
     ):
-        with pytest.raises(GroupClosed, match=f"^{group.name}: the group is closed: takes no more calls$"):
+        with pytest.raises(
+            GroupClosed, match=f"^{group.name}: the group is closed: takes no more calls$"
+        ):
             refused()
     group.flush()
     assert len(group.health()) == len(group)

@@ -1,7 +1,7 @@
 """stage x fault x start method x waiter: what the caller gets, and that it gets it soon.
 
-Every group has two ranks; rank 1 goes wrong. Where a process ends, the error names the rank, the pid
-and how it ended; where code raises, the caller gets what was raised.
+Every group has two ranks; rank 1 goes wrong. Where a process ends, the error names the rank, the
+pid and how it ended; where code raises, the caller gets what was raised.
 """
 
 from __future__ import annotations

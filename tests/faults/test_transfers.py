@@ -27,7 +27,9 @@ def test_a_kill_at_a_random_moment_of_a_transfer_settles_every_future(seed: int)
     with WorkerGroup(Mirror, 2) as group:
         victim = chance.randrange(2)
         futures = [group.submit(Mirror.mirror, data) for _ in range(4)]
-        timer = threading.Timer(chance.random() * 0.05, os.kill, (group.pids[victim], signal.SIGKILL))
+        timer = threading.Timer(
+            chance.random() * 0.05, os.kill, (group.pids[victim], signal.SIGKILL)
+        )
         timer.start()
         outcomes = []
         for future in futures:

@@ -50,7 +50,7 @@ class Script:
     """A driver in a process of its own. Its worker output goes to its standard error."""
 
     def __init__(self, code: str, *argv: str, flags: tuple[str, ...] = (), **options: Any) -> None:
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, *flags, "-c", PRELUDE + textwrap.dedent(code), *argv]
         options.setdefault("stderr", self._errors)
         self.process = subprocess.Popen(
@@ -175,7 +175,7 @@ def until(happened: Callable[[], Any], seconds: float = SECONDS, what: str = "")
     return value
 
 
-class in_thread:  # noqa: N801  # reads as a verb
+class in_thread:  # reads as a verb
     """Run `work()` in a thread of its own: `value(seconds)` gives what it returned, or raises."""
 
     def __init__(self, work: Callable[[], Any]) -> None:

@@ -199,7 +199,9 @@ def test_a_loop_that_is_blocked_does_not_keep_a_threads_call(group, run, fifo):
 
 def test_calls_in_the_loops_own_thread_while_tasks_await(group, run):
     async def main():
-        tasks = [asyncio.create_task(asyncio.wait_for(group.submit("echo", n), 10)) for n in range(20)]
+        tasks = [
+            asyncio.create_task(asyncio.wait_for(group.submit("echo", n), 10)) for n in range(20)
+        ]
         await asyncio.sleep(0)
         assert group.call("echo", "plain") == ["plain"] * 2
         return await asyncio.gather(*tasks)
@@ -249,7 +251,9 @@ def test_the_loop_is_not_held_up_by_a_thousand_calls(group, run):
 
         ticker = asyncio.create_task(tick())
         for _ in range(20):
-            await asyncio.gather(*(asyncio.wait_for(group.submit("echo", 1), 10) for _ in range(50)))
+            await asyncio.gather(
+                *(asyncio.wait_for(group.submit("echo", 1), 10) for _ in range(50))
+            )
         stop = True
         await ticker
         return worst

@@ -327,9 +327,9 @@ def test_a_frame_that_never_ends_is_not_waited_for(group):
     from rankwise._messages import HEADER, MAGIC, OK
 
     with pytest.raises(GroupBroken):
-        in_thread(
-            lambda: group[0].call(write_raw, HEADER.pack(MAGIC, OK, 0, 1, 2, 1 << 40))
-        ).value(3)
+        in_thread(lambda: group[0].call(write_raw, HEADER.pack(MAGIC, OK, 0, 1, 2, 1 << 40))).value(
+            3
+        )
 
 
 def test_a_closed_channel_without_an_exit_ends_the_wait(group):

@@ -148,15 +148,14 @@ def test_a_workers_death_is_seen_while_the_drivers_child_holds_its_descriptors(h
 @pytest.mark.parametrize("how", ["python", "libc"])
 def test_close_ends_in_order_while_the_drivers_child_holds_its_descriptors(how):
     code = DRIVER.format(how=how) + (
-        "began = time.monotonic()\n"
-        "group.close(None)\n"
-        "say(closed=time.monotonic() - began)\n"
+        "began = time.monotonic()\ngroup.close(None)\nsay(closed=time.monotonic() - began)\n"
     )
     with Script(code) as script:
         said = script.line()
-        with Watch([said["child"]]) as child, Watch(
-            {pid for pair in said["pids"] for pid in pair}
-        ) as watch:
+        with (
+            Watch([said["child"]]) as child,
+            Watch({pid for pair in said["pids"] for pid in pair}) as watch,
+        ):
             script.tell()
             assert script.line(SECONDS)["closed"] < 3
             assert watch.left(0.5) == []

@@ -393,5 +393,3 @@ hear()
     with Script(code) as script:
         assert script.line()["failed"] == "GroupBroken"
         assert script.end(8) == 0
-
-

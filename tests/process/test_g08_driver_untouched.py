@@ -267,7 +267,10 @@ def test_control_c_in_a_start_leaves_nothing():
 def test_control_c_turns_the_wait_of_close_into_a_kill(form):
     tail = "group.call('be_slow')\n"
     if form == "close":
-        block = f"group = WorkerGroup(Worker, 2)\nsay(pids=group.call('pids'))\n{tail}group.close(None)\n"
+        block = (
+            "group = WorkerGroup(Worker, 2)\nsay(pids=group.call('pids'))\n"
+            f"{tail}group.close(None)\n"
+        )
     else:
         block = (
             f"with WorkerGroup(Worker, 2) as group:\n    say(pids=group.call('pids'))\n    {tail}"
@@ -306,7 +309,7 @@ group.close()
     assert "Traceback" not in terminal.text
 
 
-# -- fork -------------------------------------------------------------------------------------------
+# -- fork --------------------------------------------------------------------------------------
 
 
 FORK = f"""{WORKER}

@@ -171,7 +171,9 @@ def test_off_shows_nothing():
 
 
 def test_inherit_shows_lines_without_a_prefix():
-    out, err = run("group.call('print', 'bare'); group.call('write', 2, 'err\\n')", "logs='inherit'")
+    out, err = run(
+        "group.call('print', 'bare'); group.call('write', 2, 'err\\n')", "logs='inherit'"
+    )
     assert out == "bare\nbare\n"
     assert err == "err\nerr\n"
 
@@ -254,7 +256,7 @@ group.close()
 os.write(int(sys.argv[1]), b"%.2f" % (time.monotonic() - began))
 """
     read, write = os.pipe()
-    with Script(code, str(write), pass_fds=(write,)) as script:
+    with Script(code, str(write), pass_fds=(write,)):
         os.close(write)
         assert readable(read, 15), "close() waits for whoever reads the driver's stdout"
         assert float(os.read(read, 100)) < 5

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import multiprocessing
 import os
 import queue
 import sys
@@ -12,10 +11,9 @@ import types
 from functools import partial
 
 import pytest
-from drivers import SECONDS, in_thread
+from drivers import Script, in_thread
 from vllm_workers import Worker, exact
 
-from rankwise import SerializationError
 from rankwise.compat import multiproc_worker_utils as utils
 from rankwise.compat.multiproc_worker_utils import (
     _TERMINATE,
@@ -73,45 +71,34 @@ def test_what_ends_run_worker_process(streams, method, ends):
 
 
 def test_run_worker_process_in_a_process_of_multiprocessing():
+    """What cannot travel fails its task, where multiprocessing's feeder thread would drop it."""
+    # In a process of its own: multiprocessing's resource tracker stays until that ends.
+    script = """
+    import multiprocessing
+    sys.path.insert(0, sys.argv[1])
+    from rankwise.compat.multiproc_worker_utils import _run_worker_process, _TERMINATE
+    from vllm_workers import Worker
+
     mp = multiprocessing.get_context("spawn")
     tasks, results = mp.Queue(), mp.Queue()
-    process = mp.Process(
-        target=_run_worker_process,
-        kwargs={
-            "worker_factory": Worker,
-            "task_queue": tasks,
-            "result_queue": results,
-            "vllm_config": None,
-            "rank": 7,
-        },
-        daemon=True,
-    )
+    process = mp.Process(target=_run_worker_process, kwargs={
+        "worker_factory": Worker, "task_queue": tasks, "result_queue": results,
+        "vllm_config": None, "rank": 7}, name="VllmWorkerProcess", daemon=True)
     process.start()
-    try:
-        for task in [(1, "worker_method", (1,), {}), (2, "unpicklable", (), {}), _TERMINATE]:
-            tasks.put(task)
-        assert results.get(timeout=SECONDS) == Result(1, value=(7, 1))
-        assert isinstance(results.get(timeout=SECONDS).exception, SerializationError)
-        process.join(SECONDS)
-        assert process.exitcode == 0
-    finally:
-        process.kill()
-        process.join(SECONDS)
-        tasks.close()
-        results.close()
-
-
-def test_what_cannot_travel_fails_its_task_in_a_multiprocessing_queue(streams):
-    tasks, results = queue.Queue(), multiprocessing.get_context("spawn").Queue()
     for number, method in enumerate(["unpicklable", "not_to_be_rebuilt", "rank_of_worker"]):
         tasks.put((number, method, (), {}))
     tasks.put(_TERMINATE)
-    in_thread(partial(_run_worker_process, Worker, tasks, results, None, 7)).value()
-    found = [results.get(timeout=SECONDS) for _ in range(3)]
-    assert "cannot be pickled" in str(found[0].exception)
-    assert "NotToBeRebuilt" in str(found[1].exception)
-    assert found[2] == Result(2, value=7)
-    results.close()
+    found = [results.get(timeout=20) for _ in range(3)]
+    process.join(20)
+    say(errors=[repr(result.exception) for result in found], value=found[2].value,
+        exitcode=process.exitcode)
+    """
+    with Script(script, os.path.dirname(__file__)) as driver:
+        said = driver.line()
+        assert driver.end() == 0
+    assert "the result cannot be pickled" in said["errors"][0]
+    assert "NotToBeRebuilt: text" in said["errors"][1]
+    assert (said["errors"][2], said["value"], said["exitcode"]) == ("None", 7, 0)
 
 
 def test_add_prefix():

@@ -121,5 +121,3 @@ def test_a_worker_that_forks_and_returns_in_both_answers_once():
     with Script(code) as script:
         assert script.line() == {"same": True, "again": [[n, n] for n in range(20)]}
         assert script.end() == 0
-
-

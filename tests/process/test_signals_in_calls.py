@@ -35,11 +35,15 @@ def handler(number, frame):
 signal.signal(signal.SIGALRM, handler)
 sys.unraisablehook = lambda args: None  # one that strikes a destructor is printed and goes
 
+def exception_then_result(future):
+    future.exception()
+    return future.result()
+
 ranks, calls, how = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 verbs = dict(
     call=lambda number: group.call("echo", number),
     result=lambda number: group.submit("echo", number).result(),
-    exception=lambda number: (lambda f: (f.exception(), f.result())[1])(group.submit("echo", number)),
+    exception=lambda number: exception_then_result(group.submit("echo", number)),
     timed=lambda number: group.options(timeout=60).call("echo", number),
 )
 verb = verbs[how]

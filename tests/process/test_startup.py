@@ -171,8 +171,6 @@ def test_eight_groups_from_four_threads_each_see_their_own_environment():
         ]
 
 
-
-
 STRUCK = """
 class Worker:
     def echo(self): return 1

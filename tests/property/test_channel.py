@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import socket
 import threading
@@ -44,8 +45,9 @@ def frame(kind: int, sequence: int, call_id: int, body: bytes) -> bytes:
 
 def feed(sock: socket.socket, data: bytes, cuts: list[int]) -> Iterator[None]:
     """Send `data` in the pieces between `cuts`, one a step; no piece overfills the socket."""
-    edges = sorted({0, len(data), *range(0, len(data), 50_000), *(c for c in cuts if c < len(data))})
-    for start, end in zip(edges, edges[1:], strict=False):
+    inside = [cut for cut in cuts if cut < len(data)]
+    edges = sorted({0, len(data), *range(0, len(data), 50_000), *inside})
+    for start, end in itertools.pairwise(edges):
         sock.sendall(data[start:end])
         yield
 
@@ -68,8 +70,7 @@ def take_all(channel: DriverChannel) -> list[tuple[int, int, bytes, int]]:
 @given(st.lists(st.tuples(kinds, sizes), max_size=6), st.lists(st.integers(0, 400_000), max_size=8))
 def test_answers_arrive_whole_wherever_they_are_cut(answers, cuts):
     sent = [
-        (kind, number, body_of(number, size), number)
-        for number, (kind, size) in enumerate(answers)
+        (kind, number, body_of(number, size), number) for number, (kind, size) in enumerate(answers)
     ]
     data = b"".join(frame(kind, number, call, body) for kind, call, body, number in sent)
     with pair() as (near, far):
@@ -202,8 +203,9 @@ class Weather:
         self._small = small
         self._recv = channel.recv
         self._send = channel.send
-        channel.recv = self.recv
-        channel.send = self.send
+        struck: Any = channel
+        struck.recv = self.recv
+        struck.send = self.send
 
     def strike(self) -> None:
         if self._random.random() < 0.3:
@@ -255,9 +257,7 @@ def test_no_byte_is_lost_between_a_driver_that_is_struck_and_a_worker(lengths, s
         got: list[tuple[int, int, bytes, int]] = []
         waiting = list(calls)
         while len(got) < len(calls):
-            if waiting and until_not_struck(
-                driver.send_call, waiting[0], 0, b"", waiting[0].body
-            ):
+            if waiting and until_not_struck(driver.send_call, waiting[0], 0, b"", waiting[0].body):
                 # Struck after its last byte: sending it again says True and sends nothing.
                 assert until_not_struck(driver.send_call, waiting[0], 0, b"", waiting[0].body)
                 waiting.pop(0)

@@ -74,9 +74,7 @@ def test_the_value_of_the_rank_that_replies(engine):
 
 
 def test_the_earliest_failure_by_the_workers_clock_is_raised(engine):
-    call = make_call(
-        bad(0, ValueError("late"), 5.0), bad(2, KeyError("early"), 4.0), ok(1, "fine")
-    )
+    call = make_call(bad(0, ValueError("late"), 5.0), bad(2, KeyError("early"), 4.0), ok(1, "fine"))
     with pytest.raises(KeyError, match="early") as caught:
         take(call, engine)
     assert list(caught.value.failures) == [2, 0], "in the order in which they happened"
@@ -194,8 +192,8 @@ def test_a_death_under_an_open_call(engine):
         (exited(exitcode=-11, oom_killed=False, log_tail=" \n"),
          "gpt: rank 1 (pid 101) was killed by SIGSEGV while idle"),
         (exited(exitcode=-7, oom_killed=False, log_tail=""),
-         "gpt: rank 1 (pid 101) was killed by SIGBUS while idle; SIGBUS often means that "
-         "/dev/shm or another mapped file is full"),
+         ("gpt: rank 1 (pid 101) was killed by SIGBUS while idle; SIGBUS often means that "
+         "/dev/shm or another mapped file is full")),
         (None, "gpt: rank 1 (pid 101) ended (its exit status is not known) while idle"),
     ],
 )  # fmt: skip

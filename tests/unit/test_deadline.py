@@ -56,7 +56,7 @@ def test_what_is_no_number_is_a_type_error(given):
 
 
 def test_nan_is_a_value_error():
-    with pytest.raises(ValueError, match="timeout must be seconds .a number. or None, not nan"):
+    with pytest.raises(ValueError, match=r"^timeout must be seconds \(a number\) or None, not n"):
         check_timeout(math.nan)
 
 

@@ -1,4 +1,4 @@
-"""The tree of errors: what each is a kind of, what it carries, and that all of it survives pickle."""
+"""The tree of errors: what each is, what it carries, and that all of it survives pickle."""
 
 from __future__ import annotations
 

@@ -259,11 +259,19 @@ def test_imports_make_no_circle():
     for one in imports():
         if one.ours and not one.deferred and one.target != one.module:
             edges[one.module].add(one.target)
-    while free := [module for module, targets in edges.items() if not targets & edges.keys()]:
+    # Take away whoever imports nobody that is left, and whom nobody that is left imports.
+    while free := [
+        module
+        for module, targets in edges.items()
+        if not targets & edges.keys() or not any(module in others for others in edges.values())
+    ]:
         for module in free:
             del edges[module]
-    circle = [f"{path_of(module)} > {', '.join(sorted(edges[module]))}" for module in edges]
-    assert not circle, "in or above a circle of imports:\n" + "\n".join(circle)
+    circle = [
+        f"{path_of(module)} > {', '.join(sorted(targets & edges.keys()))}"
+        for module, targets in edges.items()
+    ]
+    assert not circle, "a circle of imports:\n" + "\n".join(circle)
 
 
 def test_every_exception_to_the_layers_is_needed():

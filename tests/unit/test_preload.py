@@ -42,8 +42,10 @@ def test_a_forked_rank_has_the_environment_that_it_would_have_by_importing_itsel
             "2 more threads run in it",
         ),
         (
-            "torch.cuda = types.SimpleNamespace(is_initialized=lambda: True); "
-            "sys.modules['torch'] = torch",
+            (
+                "torch.cuda = types.SimpleNamespace(is_initialized=lambda: True); "
+                "sys.modules['torch'] = torch"
+            ),
             "torch has a CUDA context in it",
         ),
         ("_preload.DEVICES = ('/dev/zero',); file = open('/dev/zero')", "/dev/zero is open in it"),

@@ -136,7 +136,9 @@ class Pending:
 def _arrived(pending: weakref.ref[Pending]) -> None:
     """The call is settled. Runs where the sockets are read: it may only pass the word on."""
     self = pending()
-    if self is not None and not (self._waiting and self.handler.running):
+    if self is None or self.task_id not in self.handler.sent:
+        return  # its future has been settled without it
+    if not (self._waiting and self.handler.running):
         self.handler.result_queue.put(self)
 
 

@@ -260,7 +260,7 @@ def _fit_to_travel(result: Result[object], queue: object) -> Result[object]:
     try:
         data = ForkingPickler.dumps(result)
         if result.exception is not None:
-            ForkingPickler.loads(data)
+            ForkingPickler.loads(data)  # pyright: ignore[reportAttributeAccessIssue]
         return result
     except Exception as reason:
         from rankwise.errors import RemoteError, SerializationError

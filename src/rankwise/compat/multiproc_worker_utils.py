@@ -168,7 +168,7 @@ class _TaskQueue:
             self._check_open()
             self._process.finish_queued()
         else:
-            self.send(*item)
+            self.send(*item)  # pyright: ignore[reportArgumentType]
 
     def send(
         self, task_id: object, method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -73,7 +73,7 @@ class ByValuePickler(cp.Pickler):  # type: ignore[misc]
     """Sends whatever the receiver cannot import as its definition, with the globals it names."""
 
     # cloudpickle's own turns a RecursionError into a PicklingError; we want to tell the two apart.
-    dump = Pickler.dump
+    dump = Pickler.dump  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self, file: Any, protocol: int, buffer_callback: Callable[[Any], object] | None = None

@@ -252,7 +252,8 @@ def _remake(kind: type[BaseException], *args: object) -> BaseException:
     """An exception as its builtin base makes it, past every `__init__` written in Python."""
     inits = (vars(base).get("__init__") for base in kind.__mro__)
     error = kind.__new__(kind, *args)
-    next(init for init in inits if type(init) is _CInit)(error, *args)
+    init: Any = next(init for init in inits if type(init) is _CInit)
+    init(error, *args)
     return error
 
 
