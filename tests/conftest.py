@@ -22,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
         with capture.global_and_fixture_disabled():
             stderr = os.dup(2)
     config.stash[OUTER] = OuterLimit(stderr)
+    config.pluginmanager.register(config.stash[OUTER])
     config.stash[ALLOWED] = set()
     leaks.mark(os.environ)
 

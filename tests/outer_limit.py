@@ -29,6 +29,10 @@ if __name__ == "__main__":  # isolated: the tests' folder is not on the path
 
 from leaks import Family, Process, end
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import pytest
+
 DEFAULT = 60.0
 
 # Not SIGUSR1: a test may want that one for itself. rankwise asks its workers by SIGRTMAX - 2.
@@ -66,7 +70,12 @@ class OuterLimit:
         self._say({"test": test, "seconds": seconds})
 
     def stop(self) -> None:
-        self._say(None)
+        self._say({"test": None})
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """pytest tells of failures when it ends: a killed one would take them along."""
+        if report.failed:
+            self._say({"failed": report.nodeid[-500:], "why": report.longreprtext[-1500:]})
 
     def close(self) -> None:
         os.close(self._stdin)
@@ -76,24 +85,27 @@ class OuterLimit:
         os.close(self._stderr)
 
     def _say(self, message: object) -> None:
-        os.write(self._stdin, json.dumps(message).encode() + b"\n")
+        line = json.dumps(message).encode() + b"\n"
+        while line:
+            line = line[os.write(self._stdin, line) :]
 
 
 # --- the watchdog's own process -------------------------------------------------------------------
 
 
-def watch(pytest: int) -> None:
-    """Keep the limits that come in on stdin, until process `pytest` ends or says so."""
+def watch(root: int) -> None:
+    """Keep the limits that come in on stdin, until process `root`, a pytest, ends or says so."""
     try:
-        pidfd = os.pidfd_open(pytest)
+        pidfd = os.pidfd_open(root)
     except ProcessLookupError:
         return
-    family = Family(pytest, frozenset({os.getpid()}), os.readlink("/proc/self/fd/0"))
+    family = Family(root, frozenset({os.getpid()}), os.readlink("/proc/self/fd/0"))
     poll = select.poll()
     # Two ways to hear of the end: a child that a test forked may hold our stdin open.
     poll.register(0, select.POLLIN)
     poll.register(pidfd, select.POLLIN)
     test, seconds, until, rest = "", 0.0, None, b""
+    failed: list[dict[str, str]] = []
     while True:
         patience = None if until is None else max(0.0, until - time.monotonic()) * 1000
         ready = [fd for fd, _ in poll.poll(patience)]
@@ -104,31 +116,43 @@ def watch(pytest: int) -> None:
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 message = json.loads(line)
-                until = None
-                if message is not None:
+                if "failed" in message:
+                    failed.append(message)
+                elif message["test"] is None:
+                    until = None
+                else:
                     test, seconds = message["test"], message["seconds"]
                     until = time.monotonic() + seconds
         elif pidfd in ready:
             if until is not None:
-                say(f"pytest (pid {pytest}) has ended in {test}; what it left is killed now")
+                tell(failed)
+                say(f"pytest (pid {root}) has ended in {test}; what it left is killed now")
                 kill(family, family.members())
             return
         elif until is not None and time.monotonic() >= until:
+            tell(failed)
             say(f"{test} has run for {seconds:g} s, which is its outer limit")
             children = family.members()
             try:
-                report(pytest, children)
+                report(root, children)
             finally:
-                say(f"killing pytest (pid {pytest}) and its {len(children)} descendants")
+                say(f"killing pytest (pid {root}) and its {len(children)} descendants")
                 kill(family, children)
             return
 
 
-def report(pytest: int, children: list[Process]) -> None:
+def tell(failed: list[dict[str, str]]) -> None:
+    """What has failed before, as far as one needs it to know where to look."""
+    for one in failed:
+        say(f"{one['failed']} failed before that:")
+        show(one["why"].splitlines()[-20:])
+
+
+def report(root: int, children: list[Process]) -> None:
     """What pytest and its descendants are doing, and what the test has printed."""
     until = time.monotonic() + REPORT_TIME
-    say(f"the stacks of pytest (pid {pytest})")
-    os.kill(pytest, STACKS)
+    say(f"the stacks of pytest (pid {root})")
+    os.kill(root, STACKS)
     time.sleep(0.5)  # its handler answers to nobody
     if not children:
         say("pytest has no descendants")
@@ -142,7 +166,7 @@ def report(pytest: int, children: list[Process]) -> None:
         if time.monotonic() < until:
             show(python_stacks(child))
     for fd, name in ((1, "stdout"), (2, "stderr")):
-        text = captured(pytest, fd)
+        text = captured(root, fd)
         if text:
             say(f"the last of the {name} that pytest has captured")
             show(text.splitlines())

@@ -117,8 +117,8 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
         case Lost():
             first: BaseException = died(cause, engine)
             text = str(first)
-        case Stuck(call=call, failed=rank, missing=missing):
-            first = failure(call.answers[rank][1], rank, engine.ranks.pid(rank), call.method)
+        case Stuck(call=call, failed=rank, body=body, missing=missing):
+            first = failure(body, rank, engine.ranks.pid(rank), call.method)
             text = (
                 f"{engine.name}: rank {rank} failed in {call.method}() "
                 f"({type(first).__name__}: {first}) and "

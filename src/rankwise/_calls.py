@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankwise._messages import CALL
+from rankwise._messages import CALL, FAILED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ class Call:
 
     __slots__ = (
         "answers", "begun", "bodies", "body", "break_at", "deadline", "done", "dropped", "ended",
-        "error", "future", "grace", "id", "kind", "led", "method", "on_error", "ranks",
+        "error", "future", "grace", "id", "kind", "late_failure",
+        "led", "method", "on_error", "ranks",
         "reply_from", "return_exceptions", "shape", "watchers",
     )  # fmt: skip
 
@@ -50,6 +51,7 @@ class Call:
         self.answers: dict[int, tuple[int, bytes]] = {}  # rank -> kind of frame, body
         self.error: Error | None = None  # settled by this, not by the answers
         self.break_at: float | None = None  # first failure + grace
+        self.late_failure: tuple[int, bytes] | None = None  # the first after it was settled
         self.begun = False  # a byte of it may have been sent to a rank
         self.dropped = False  # cancelled or expired before that: no rank will see it
         self.done = False  # settled: the future has its outcome
@@ -60,6 +62,13 @@ class Call:
 
     def body_for(self, rank: int) -> bytes:
         return self.body if self.bodies is None else self.bodies[rank]
+
+    def failure(self) -> tuple[int, bytes] | None:
+        """(rank, body) of the first failure to arrive among its answers, or None."""
+        for rank, (kind, body) in list(self.answers.items()):
+            if kind == FAILED:
+                return rank, body
+        return None
 
     def missing(self) -> list[int]:
         return [rank for rank in self.ranks if rank not in self.answers]
@@ -95,13 +104,14 @@ class Lost(Error):
 
 
 class Stuck(Error):
-    """`failed` of `call` failed; `missing` had not finished when the grace period ended."""
+    """`failed` of `call` failed, with `body`; `missing` had not finished in its grace period."""
 
-    __slots__ = ("call", "failed", "missing")
+    __slots__ = ("body", "call", "failed", "missing")
 
-    def __init__(self, call: Call, failed: int, missing: tuple[int, ...]) -> None:
+    def __init__(self, call: Call, failed: int, body: bytes, missing: tuple[int, ...]) -> None:
         self.call = call
         self.failed = failed
+        self.body = body
         self.missing = missing
 
 

@@ -26,9 +26,11 @@ def check_timeout(timeout: object, name: str = "timeout") -> float | None:
     """`timeout` as seconds, or None. Raises TypeError or ValueError, naming the argument `name`."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)):
+    number = isinstance(timeout, (int, float)) or type(timeout).__module__ == "numpy"
+    if isinstance(timeout, bool) or not number:
         raise TypeError(f"{name} must be seconds (a number) or None, not {timeout!r}")
-    if timeout != timeout:
+    seconds = float(timeout)  # type: ignore[arg-type]
+    if seconds != seconds:
         raise ValueError(f"{name} must be seconds (a number) or None, not nan")
     # What no clock reaches is no limit; the kernel's calls would refuse it.
-    return None if timeout > 1e9 else float(timeout)
+    return None if seconds > 1e9 else seconds

@@ -150,7 +150,11 @@ class GroupFuture(Future[T]):
                     raise  # nothing is decoded yet: the next who asks does it again
                 self._error = error
             self._decoded = True
-            self._call.answers = dict.fromkeys(self._call.answers, (0, b""))
+            # The pickled values have done their work; a failure may still break the group.
+            self._call.answers = {
+                rank: answer if answer[0] == FAILED else (answer[0], b"")
+                for rank, answer in list(self._call.answers.items())
+            }
 
     def __await__(self) -> Generator[Any, None, T]:
         call = self._call

@@ -7,7 +7,6 @@ group[2:6], group.options(...) > another View of the same engine
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 
@@ -160,7 +159,7 @@ class WorkerGroup(ManyView):
     @property
     def pids(self) -> list[int]:
         """The ranks' process ids, in rank order (this process's, where they are threads)."""
-        return [self._engine.ranks.pid(rank) or os.getpid() for rank in range(self.world_size)]
+        return [self._engine.ranks.pid(rank) for rank in range(self.world_size)]
 
     def __iter__(self) -> Iterator[OneView]:
         return (self[rank] for rank in range(self.world_size))

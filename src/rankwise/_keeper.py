@@ -14,6 +14,7 @@ finalizer may run inside any lock and can do no more than say so.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 
@@ -24,6 +25,8 @@ from rankwise._pump import NEVER, TICK
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from rankwise.backends.local import LocalEngine
+
+logger = logging.getLogger("rankwise")
 
 LINGER = 4  # looks without work before the keeper sleeps for good
 
@@ -37,6 +40,7 @@ class Keeper:
         self._engine = engine
         self._pump = engine.pump
         self._idle = 0
+        self._looked_at = 0.0
         self._suspects: dict[int, int] = {}  # rank -> call that it owed, idle, at the last look
         self.thread = threading.Thread(target=self._run, name=f"rankwise-{name}-io", daemon=True)
 
@@ -56,10 +60,21 @@ class Keeper:
             events = pump.outer.poll(self._timeout())
             if self._ending:
                 break
-            self._handle({fd for fd, _ in events})
+            try:
+                self._handle({fd for fd, _ in events})
+            except Exception as error:  # ours, or the machine's (no descriptors, no memory)
+                self._give_up(error)
             if self.abandoned:
                 self.abandoned = False
                 threading.Thread(target=self._engine.kill, name=self.thread.name + "-end").start()
+
+    def _give_up(self, error: Exception) -> None:
+        """Nobody may wait for a keeper that failed: the group breaks, and says why."""
+        logger.exception("%s: the group's own thread failed", self._engine.name)
+        with self._pump.lock:
+            self._pump.ledger.break_group(Garbled(-1, f"the driver's own thread failed: {error!r}"))
+        self._pump.tell()
+        self._pump.rouse_leader()
 
     def _timeout(self) -> float | None:
         pump = self._pump
@@ -95,7 +110,8 @@ class Keeper:
         now = clock()
         with pump.lock:
             expired = pump.ledger.expire(now)
-        if not fds:
+        if now >= self._looked_at + TICK:
+            self._looked_at = now
             self._look_for_lost()
         if expired or pump.ledger.settled:
             pump.tell()

@@ -20,7 +20,7 @@ from collections import deque
 from heapq import heapify, heappop, heappush
 
 from rankwise._calls import Broken, Call, Cancelled, Closed, Error, Expired, Garbled, Lost, Stuck
-from rankwise._messages import FAILED
+from rankwise._messages import ACK, FAILED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Ledger:
         self.open: dict[int, Call] = {}  # in order of id; a call leaves when no rank owes it
         self.inflight: list[dict[int, Call]] = [{} for _ in range(world_size)]
         self.settled: deque[Call] = deque()  # to be told to their watchers
-        self.reports: deque[tuple[Call, int]] = deque()  # failures that no caller will see
+        self.reports: deque[tuple[Call, int, bytes]] = deque()  # failures that no caller will see
         self.broken: Error | None = None
         self.closing = False
         self.exiting = False
@@ -152,14 +152,18 @@ class Ledger:
             self.late += 1
             return
         if call.done:
-            if call.error is not None:
-                self.late += 1  # it timed out, say: nobody will read this
-            elif kind == FAILED:
-                call.answers[rank] = (kind, body)
-                self.reports.append((call, rank))
-            if kind == FAILED:
+            if kind != FAILED:
+                self.late += call.error is not None
+                call.answers[rank] = (kind, b"")  # nobody will read it
+            else:
+                if call.late_failure is None:
+                    call.late_failure = (rank, body)  # it may be what breaks the group
+                self.reports.append((call, rank, body))
                 self._failure(call, now)
-            call.answers.setdefault(rank, (kind, b""))
+                # Beside other failures it is one more of them; an outcome that was something else
+                # stays what it was.
+                failed = call.error is None and call.failure() is not None
+                call.answers[rank] = (kind, body) if failed else (ACK, b"")
         else:
             call.answers[rank] = (kind, body)
             if kind == FAILED:
@@ -277,8 +281,9 @@ class Ledger:
 
     def _due(self, call: Call, what: int) -> None:
         if what == BREAK:
-            failed = next(r for r, answer in call.answers.items() if answer[0] == FAILED)
-            self.break_group(Stuck(call, failed, tuple(call.missing())))
+            failed = call.failure() or call.late_failure
+            if failed is not None:
+                self.break_group(Stuck(call, *failed, tuple(call.missing())))
         elif call.done:
             return
         elif what == SETTLE:

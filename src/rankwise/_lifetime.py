@@ -17,6 +17,7 @@ import warnings
 from _pickle import loads as plain_loads
 
 from rankwise._calls import Closed
+from rankwise._deadline import clock
 from rankwise._messages import FAILED
 
 TYPE_CHECKING = False
@@ -80,8 +81,9 @@ def _break_all(owner: int) -> None:
 
 def _close_all(owner: int) -> None:
     if owner == os.getpid():
+        until = clock() + EXIT_TIMEOUT  # for all of them together
         for engine in list(_engines):
-            engine.close(EXIT_TIMEOUT)
+            engine.close(max(0.0, until - clock()))
 
 
 def abandon(engine: Engine, name: str) -> None:
@@ -114,13 +116,11 @@ def log_unfetched(future: GroupFuture[Any]) -> None:
         )
 
 
-def log_failure(call: Call, rank: int) -> None:
+def log_failure(call: Call, rank: int, body: bytes) -> None:
     """Log a failure that came after its call had its outcome."""
-    kind, body = call.answers.get(rank, (0, b""))
-    if kind == FAILED:
-        _log("after the call had its outcome came the failure of", call, rank, body)
+    _log("after the call had its outcome came the failure of", call, rank, body)
 
 
 def _log(what: str, call: Call, rank: int, body: bytes) -> None:
-    _, name, message, text, _ = plain_loads(body)
+    _, name, message, text, *_ = plain_loads(body)
     logger.error("%s %s() on rank %d: %s: %s\n%s", what, call.method, rank, name, message, text)

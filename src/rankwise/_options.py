@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from rankwise._checks import at_least, choice, is_list, seconds, wrong_value
+from rankwise._checks import at_least, choice, is_list, seconds, wrong_type, wrong_value
 from rankwise._deadline import check_timeout
 
 KEEP: Any = object()  # an option that is left as it is
@@ -42,12 +42,16 @@ class Options:
         """These options with others, checked; KEEP leaves one as it is."""
         return Options(
             self.timeout if timeout is KEEP else check_timeout(timeout),
-            self.reply_from if reply_from is KEEP else _check_reply_from(reply_from, ranks),
-            self.return_exceptions if return_exceptions is KEEP else bool(return_exceptions),
+            self.reply_from if reply_from is KEEP else check_reply_from(reply_from, ranks),
+            self.return_exceptions
+            if return_exceptions is KEEP
+            else _check_bool("return_exceptions", return_exceptions),
             self.on_error
             if on_error is KEEP
             else choice("on_error", ("fail", "continue"), on_error),
-            self.grace if grace is KEEP else seconds("grace", "seconds", grace, zero=True),
+            self.grace
+            if grace is KEEP
+            else seconds("grace", "a finite number of seconds, 0 or more", grace, zero=True),
         )
 
     def narrowed(self, ranks: tuple[int, ...]) -> Options:
@@ -60,12 +64,21 @@ class Options:
 DEFAULTS = Options()
 
 
-def _check_reply_from(reply_from: object, ranks: tuple[int, ...]) -> int | None:
+def _check_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise wrong_type(name, "True or False", value)
+    return value
+
+
+def check_reply_from(
+    reply_from: object, ranks: tuple[int, ...], name: str = "reply_from"
+) -> int | None:
+    """`reply_from` as a rank of the view `ranks`, or None."""
     if reply_from is None:
         return None
-    rank = at_least(0, "reply_from", "a rank of the view", reply_from)
+    rank = at_least(0, name, "a rank of the view", reply_from)
     if rank not in ranks:
-        raise wrong_value("reply_from", f"a rank of the view {list(ranks)}", reply_from)
+        raise wrong_value(name, f"a rank of the view {list(ranks)}", reply_from)
     return rank
 
 
@@ -90,9 +103,12 @@ def pick(ranks: tuple[int, ...], index: object) -> int | tuple[int, ...]:
 
 
 def _place(index: Any, size: int) -> int:
-    if isinstance(index, bool) or not hasattr(index, "__index__"):
+    try:
+        place = operator.index(index)
+    except TypeError:
+        place = None
+    if place is None or isinstance(index, bool):
         raise TypeError(f"an index must be an int, a slice or a list of ints, not {index!r}")
-    place = operator.index(index)
     if not -size <= place < size:
         raise IndexError(f"index {place} is out of range: the view has {size} ranks")
     return place % size

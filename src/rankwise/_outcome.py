@@ -6,6 +6,7 @@ driver:  frame > failure(...) > the exception that the caller catches, with Remo
 
 from __future__ import annotations
 
+import sys
 from _pickle import dumps as plain_dumps
 from _pickle import loads as plain_loads
 
@@ -49,8 +50,9 @@ def capture(
         return Failed(error)
 
 
-def encode_failure(failed: Failed) -> bytes:
-    """The body of a FAILED frame. Never raises: what cannot travel goes as text."""
+def encode_failure(failed: Failed, where: str = "") -> bytes:
+    """The body of a FAILED frame; `where`: the method, with its class. Never raises: what cannot
+    travel goes as text."""
     error = failed.error
     text = _format(error)
     name = _type_name(type(error))
@@ -58,7 +60,7 @@ def encode_failure(failed: Failed) -> bytes:
         message = str(error)
     except BaseException:
         message = "(its message could not be made)"
-    return plain_dumps((failed.when, name, message, text, _pickled(error)), 5)
+    return plain_dumps((failed.when, name, message, text, where, _pickled(error)), 5)
 
 
 def _pickled(error: BaseException) -> bytes | None:
@@ -66,7 +68,8 @@ def _pickled(error: BaseException) -> bytes | None:
     if not isinstance(error, Exception) or isinstance(error, (StopIteration, StopAsyncIteration)):
         return None
     # Not imported for its own sake (it costs 10 ms): who raised the class has imported it.
-    if type(error).__name__ == "CancelledError":
+    futures = sys.modules.get("concurrent.futures._base")
+    if futures is not None and isinstance(error, futures.CancelledError):
         return None
     try:
         data = codec.dumps(error)
@@ -108,8 +111,8 @@ def failure(body: bytes, rank: int, pid: int, method: str) -> Exception:
     """The exception for the body of a FAILED frame, ready to be raised."""
     from rankwise.errors import RemoteError  # the driver's alone, and heavy
 
-    _, name, message, text, pickled = plain_loads(body)
-    where = f"rank {rank} (pid {pid}) in {method}"
+    _, name, message, text, label, pickled = plain_loads(body)
+    where = f"rank {rank} (pid {pid}) in {label or method}"
     remote = RemoteError(
         f"{where}: {name}: {message}" if message else f"{where}: {name}",
         rank=rank,

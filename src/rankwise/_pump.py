@@ -109,7 +109,7 @@ class Pump:
                 leader = self._leader
                 if waiter is not None and leader is None:
                     self._take_lead(waiter)
-                elif leader is None and not self._armed:
+                elif leader is None and not self._armed and not all(call.led for call in calls):
                     self._arm(True)
                 self.traffic = True
                 if self.wake_at == NEVER:

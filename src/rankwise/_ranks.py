@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from rankwise import _procfs
@@ -16,16 +17,17 @@ if TYPE_CHECKING:
 class Ranks:
     """The ranks of one group. `pids` is empty where they are threads."""
 
-    def __init__(self, world_size: int, status: StatusPage) -> None:
+    def __init__(self, world_size: int, status: StatusPage, *, threads: bool = False) -> None:
         self.world_size = world_size
+        self._own_pid = os.getpid() if threads else 0
         self.pids: dict[int, int] = {}
         self.starttimes: dict[int, int] = {}
         self.reports: dict[int, Exited] = {}
         self._status: StatusPage | None = status
 
     def pid(self, rank: int) -> int:
-        """The process id of `rank`; 0 where it has not been started."""
-        return self.pids.get(rank, 0)
+        """The process id of `rank`: ours, where it is a thread; 0 where it was not started."""
+        return self.pids.get(rank, self._own_pid)
 
     def exited(self, rank: int) -> bool:
         return rank in self.reports or self._status is None

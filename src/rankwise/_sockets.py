@@ -13,7 +13,7 @@ import contextlib
 import select
 from fcntl import ioctl
 from struct import unpack
-from termios import TIOCOUTQ
+from termios import FIONREAD, TIOCOUTQ
 
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
@@ -135,7 +135,7 @@ class Sockets:
             self._on_news()
 
     def _forget(self, channel: DriverChannel) -> None:
-        channel.eof = True
+        channel.forget()
         with contextlib.suppress(OSError, ValueError):  # done already
             self.ready.unregister(channel.fd)
 
@@ -152,12 +152,13 @@ class Sockets:
             self._on_news()
 
     def quiet(self, rank: int) -> bool:
-        """Whether nothing is on its way to `rank`: all is sent, and its end has read it all."""
+        """Whether nothing is on its way to or from `rank`: each end has read all that was sent."""
         channel = self.channels[rank]
         if channel.eof or channel.wants_out or channel.holding or self._ledger.queued(rank):
             return False
-        unread: int = unpack("i", ioctl(channel.fd, TIOCOUTQ, b"\0\0\0\0"))[0]
-        return unread == 0
+        unread = unpack("i", ioctl(channel.fd, TIOCOUTQ, b"\0\0\0\0"))[0]
+        waiting = unpack("i", ioctl(channel.fd, FIONREAD, b"\0\0\0\0"))[0]
+        return not unread and not waiting
 
     def close(self) -> None:
         for channel in self.channels:

@@ -6,6 +6,7 @@ OneView   its calls give the bare value                     group[0], options(re
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from rankwise._answers import explain, take
@@ -14,13 +15,13 @@ from rankwise._checks import wrong_type
 from rankwise._deadline import check_timeout, deadline
 from rankwise._future import GroupFuture
 from rankwise._methods import resolve_method
-from rankwise._options import KEEP, Options, pick
+from rankwise._options import KEEP, Options, check_reply_from, pick
 from rankwise.errors import CallTimeout
 from rankwise.wire.codec import encode_call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
 
     from rankwise._engine import Engine
 
@@ -181,7 +182,12 @@ class View:
     ) -> Any:
         """vLLM's verb: a list of results, or the bare value of `unique_reply_rank`; with
         `non_block` a future of it. A callable `method` takes the worker first."""
-        view = self.options(timeout=timeout, reply_from=unique_reply_rank)
+        if isinstance(args, (str, bytes)) or not isinstance(args, Sequence):
+            raise wrong_type("args", "a tuple or list, args=(x,)", args)
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise wrong_type("kwargs", "a mapping or None", kwargs)
+        rank = check_reply_from(unique_reply_rank, self._ranks, "unique_reply_rank")
+        view = self.options(timeout=timeout, reply_from=rank)
         call = view._make(method, tuple(args), dict(kwargs or {}))
         return view._submit(call) if non_block else view._run(call)
 
@@ -216,8 +222,9 @@ class View:
     def _pick(self, index: object) -> View:
         picked = pick(self._ranks, index)
         ranks = (picked,) if isinstance(picked, int) else picked
-        bare = picked if isinstance(picked, int) else None
-        return make_view(self._engine, ranks, self._group, bare, self._options.narrowed(ranks))
+        options = self._options.narrowed(ranks)
+        bare = picked if isinstance(picked, int) else options.reply_from
+        return make_view(self._engine, ranks, self._group, bare, options)
 
 
 class OneView(View):

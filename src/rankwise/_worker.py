@@ -136,7 +136,10 @@ def _answer(
 ) -> tuple[int, bytes]:
     """Run one call: the kind and the body of its answer."""
 
+    where = ""
+
     def run() -> object:
+        nonlocal where
         deadline = None
         data: bytes | bytearray | memoryview = body
         if flags & HAS_DEADLINE:
@@ -145,6 +148,7 @@ def _answer(
         method, args, kwargs = codec.loads(data)
         named = isinstance(method, str)
         name = method if named else method_name(method)
+        where = f"{type(worker).__name__}.{name}" if named else name
         place.call = _context.CurrentCall(call_id, name, deadline, words)
         value = (
             getattr(worker, method)(*args, **kwargs) if named else method(worker, *args, **kwargs)
@@ -163,7 +167,7 @@ def _answer(
             return OK, codec.encode_result(outcome.value)
         except BaseException as error:  # its own __reduce__ may even call sys.exit
             outcome = Failed(error)
-    return FAILED, encode_failure(outcome)
+    return FAILED, encode_failure(outcome, where)
 
 
 def _is_coroutine(value: object) -> bool:

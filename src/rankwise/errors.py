@@ -52,7 +52,7 @@ def _rebuild(
     fields: dict[str, object],
     cause: BaseException | None,
 ) -> WorkerGroupError:
-    error = cls.__new__(cls, *args)
+    error = cls(*args)
     error.args = args
     error.__dict__.update(fields)
     error.__cause__ = cause

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+
 import pytest
 from contract_worker import Worker
 
@@ -109,6 +111,21 @@ def test_a_failure_after_the_reply_is_logged(group, gate, caplog):
         group.call(Worker.get_rank)
     assert len(logged()) == 1
     assert "fail_later() on rank 2: ValueError: after the fact" in logged()[0]
+
+
+def test_a_failure_after_the_reply_does_not_change_the_outcome(group, gate):
+    def fail_later(worker, path):
+        if worker.rank == 0:
+            return "answer"
+        worker.pass_gate(path)
+        raise ValueError("after the fact")
+
+    future = group.options(reply_from=0).submit(fail_later, gate.path)
+    concurrent.futures.wait([future], timeout=20)
+    assert future.done()
+    gate.open(1, 2)
+    group.flush()
+    assert future.result() == "answer"
 
 
 def test_only_the_wanted_value_has_to_be_picklable(group):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 
 import pytest
 from contract_worker import LAST_WINDOW, Managed, Worker
@@ -14,6 +15,16 @@ from rankwise import GroupClosed
 
 def threads_of(name):
     return [t.name for t in threading.enumerate() if t.name.startswith(f"rankwise-{name}")]
+
+
+def wait_for_threads_of(name):
+    """Until none is left; one may start another that ends the group."""
+    limit = time.monotonic() + 10
+    while threads_of(name):
+        assert time.monotonic() < limit, threads_of(name)
+        for thread in threading.enumerate():
+            if thread.name in threads_of(name):
+                thread.join(1)
 
 
 def assert_closed(group):
@@ -159,6 +170,8 @@ def test_shutdown_without_waiting_refuses_at_once_and_ends_in_the_background(mak
     gate.open(0)
     assert future.result() == [0]
     group.shutdown()
+    assert {health.state for health in group.health()} == {"dead"}, "it has waited for the other"
+    wait_for_threads_of("later")
     assert_closed(group)
 
 
@@ -209,11 +222,8 @@ def test_a_group_that_is_collected_unclosed_warns_and_ends(backend):
     from rankwise import WorkerGroup
 
     group = WorkerGroup(Worker, 1, name="lost", backend=backend)
-    ours = [t for t in threading.enumerate() if t.name.startswith("rankwise-lost")]
+    assert threads_of("lost")
     with pytest.warns(ResourceWarning, match="the WorkerGroup 'lost' was collected without"):
         del group
         gc.collect()
-    for thread in ours:
-        thread.join(20)
-        assert not thread.is_alive()
-    assert threads_of("lost") == []
+    wait_for_threads_of("lost")

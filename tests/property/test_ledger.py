@@ -285,15 +285,11 @@ class Machine(RuleBasedStateMachine):
             return call.error
         answers = call.answers
         failed = {rank for rank, (kind, _) in answers.items() if kind == FAILED}
-        if call.reply_from is not None:
-            if call.reply_from in answers and call.reply_from not in failed:
-                read: tuple[int, ...] = (call.reply_from,)
-            else:
-                return "failed"
-        elif failed and not call.return_exceptions:
+        if failed and not call.return_exceptions:
             return "failed"
-        else:
-            read = call.ranks
+        read = call.ranks
+        if call.reply_from is not None and call.reply_from in answers:
+            read = (call.reply_from,)
         for rank in read:
             assert answers[rank][1] == body_of(call, rank), "the answer to another call"
         return "values"
@@ -361,7 +357,7 @@ def body_of(call: Call, rank: int) -> bytes:
 
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=300,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -542,6 +538,9 @@ def test_struck_at_any_point_of_an_event_nobody_waits_for_ever(name):
     event, again = EVENTS[name]
     for point in range(1, 1000):
         ledger, calls = scenario()
+        if point == 1:
+            # Python 3.13 traces the opcodes of a function from its second call on.
+            Striker(1 << 30).run(event, *scenario())
         striker = Striker(point)
         try:
             striker.run(event, ledger, calls)

@@ -225,7 +225,7 @@ def test_each_time_it_is_a_new_object(engine):
 
 def test_a_rank_that_did_not_leave_a_failed_call(engine):
     call = make_call(bad(0, ValueError("no"), 1.0), grace=2.5)
-    error = broken(Stuck(call, 0, (1, 2)), engine)
+    error = broken(Stuck(call, 0, call.answers[0][1], (1, 2)), engine)
     assert str(error) == (
         "gpt: rank 0 failed in forward() (ValueError: no) and ranks 1, 2 had not left it 2.5 s "
         "later (option grace). gpt is broken and takes no more calls: make a new group"

@@ -153,6 +153,9 @@ def test_a_test_that_hangs_is_killed_with_all_that_it_started_and_its_stacks_are
     done = run_pytest(
         tmp_path,
         """
+        def test_fails():
+            assert kept == ["something"]
+
         @pytest.mark.limit(1.5)
         def test_hangs():
             os.write(1, b"last words")
@@ -167,6 +170,8 @@ def test_a_test_that_hangs_is_killed_with_all_that_it_started_and_its_stacks_are
     assert time.monotonic() - began < 30
     report = done.stderr
     assert "test_inner.py::test_hangs has run for 1.5 s" in report, report
+    assert "test_inner.py::test_fails failed before that" in report, report
+    assert "assert [] == ['something']" in report, report
     assert re.search(r'File ".*test_inner.py", line \d+ in test_hangs', report), report
     assert re.search(r"outer limit: process \d+ .*wait_for_ever", report), report
     assert re.search(r"State:\s+S", report), report

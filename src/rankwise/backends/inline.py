@@ -13,6 +13,7 @@ import threading
 from queue import SimpleQueue
 
 from rankwise import _context, _lifetime
+from rankwise._answers import broken
 from rankwise._callbacks import Callbacks
 from rankwise._calls import Call, Closed, Error
 from rankwise._deadline import clock, deadline, left
@@ -62,12 +63,14 @@ class InlineEngine:
         self.starting = True
         self.inert: str | None = None
         self._status = StatusPage(spec.world_size)
-        self.ranks = Ranks(spec.world_size, self._status)
+        self.ranks = Ranks(spec.world_size, self._status, threads=True)
         self._ledger = Ledger(spec.world_size)
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)  # a timer, or the end
         self._callbacks = Callbacks(spec.name)
+        self._on_failure = spec.on_failure
         self._closed = False
+        self._abandoned = False
         self._channels = [QueueChannel(self, rank) for rank in range(spec.world_size)]
         self._threads = [
             threading.Thread(
@@ -93,6 +96,8 @@ class InlineEngine:
             serve(self._channels[rank], words, prepare)
         finally:
             words.release()
+            if self._abandoned:
+                self.kill()
 
     def reply(self, rank: int, kind: int, call_id: int, body: bytes) -> None:
         with self._lock:
@@ -114,11 +119,12 @@ class InlineEngine:
     def _run_timers(self) -> None:
         while True:
             with self._lock:
+                self._ledger.expire(clock())
+            self._tell()
+            with self._lock:
                 if self._closed:
                     return
-                self._ledger.expire(clock())
                 self._news.wait(left(self._ledger.next_timer()))
-            self._tell()
 
     # -- calls --------------------------------------------------------------------------------
 
@@ -209,9 +215,16 @@ class InlineEngine:
             if future is not None and future.watched:  # type: ignore[attr-defined]
                 self._callbacks.put(future.announce)  # type: ignore[attr-defined]
             call.future = None
+        if ledger.broken is not None:
+            self._report_failure(ledger.broken)
         while ledger.reports:
-            call, rank = ledger.reports.popleft()
-            _lifetime.log_failure(call, rank)
+            _lifetime.log_failure(*ledger.reports.popleft())
+
+    def _report_failure(self, cause: Error) -> None:
+        with self._lock:
+            on_failure, self._on_failure = self._on_failure, None
+        if on_failure is not None and not isinstance(cause, Closed):
+            self.defer(lambda: on_failure(broken(cause, self)))
 
     # -- the end ------------------------------------------------------------------------------
 
@@ -271,7 +284,9 @@ class InlineEngine:
         """The group was collected. Runs in a finalizer: the ranks' threads are told, no more."""
         if self._closed:
             return False
-        self._callbacks.put(self.kill)
+        self._abandoned = True
+        for channel in self._channels:
+            channel.frames.put((EXIT, 0, 0, b""))  # the ranks end, and the first ends the rest
         return True
 
     def become_inert(self, owner: int) -> None:

@@ -262,8 +262,8 @@ class LocalEngine:
             ledger = self.pump.ledger
             cause, closing = ledger.broken, ledger.closing
             reports, ledger.reports = ledger.reports, type(ledger.reports)()
-        for call, rank in reports:
-            _lifetime.log_failure(call, rank)
+        for report in reports:
+            _lifetime.log_failure(*report)
         if cause is not None:
             self._report_failure(cause)
         if cause is None or self._gone or closing:

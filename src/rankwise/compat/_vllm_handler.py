@@ -12,6 +12,7 @@ from contextlib import suppress
 from queue import Empty
 from typing import Any
 
+from rankwise._deadline import clock
 from rankwise.compat._vllm_results import Pending, ResultFuture, ResultQueue, _set_future_result
 from rankwise.compat._vllm_worker import _TERMINATE, Result, logger
 from rankwise.errors import WorkerDied
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from typing import Final
 
 LOOK: Final = 0.01  # seconds between two looks at the open tasks
-LINGER: Final = 50  # looks at none before the thread sleeps until there is one
+ENOUGH: Final = 2  # looks at a task before it is watched
+LINGER: Final = 50  # looks in vain before the thread sleeps until there is a new task
 
 _WAKE: Final = object()
 
@@ -44,6 +46,7 @@ class ResultHandler(threading.Thread):
         self._order = threading.Lock()
         self._dozing = False
         self._idle_looks = 0
+        self._look_at = 0.0
 
     def run(self) -> None:
         self.running = True
@@ -65,21 +68,28 @@ class ResultHandler(threading.Thread):
             # First the word, then the look at `sent`; `expect` does it the other way round, so
             # that one of us sees the other.
             self._dozing = self._idle_looks >= LINGER
-            if self._dozing and self.sent:
+            if self._dozing and self._young():
                 self._dozing = False
+            result: Any = _WAKE
             with suppress(Empty):
                 result = self.result_queue.get(True, None if self._dozing else LOOK)
-                if result is not _WAKE:
-                    return result
-            self._look()
+            if clock() >= self._look_at:
+                self._look()
+            if result is not _WAKE:
+                return result
 
     def _look(self) -> None:
-        # In a frame of its own: nor does it keep a task, and with it a worker.
-        self._idle_looks = 0 if self.sent else self._idle_looks + 1
-        for pending in list(self.sent.values()):
+        self._look_at = clock() + LOOK
+        young = self._young()
+        self._idle_looks = 0 if young else self._idle_looks + 1
+        for pending in young:
             pending.looks += 1
-            if pending.looks == 2:
+            if pending.looks == ENOUGH:
                 pending.watch()
+
+    def _young(self) -> list[Pending]:
+        """The open tasks that may not be watched yet. (Not kept by the thread while it waits.)"""
+        return [pending for pending in list(self.sent.values()) if pending.looks < ENOUGH]
 
     def close(self) -> None:
         """End the thread. Every task that is open then gets a ChildProcessError."""

@@ -54,9 +54,9 @@ if TYPE_CHECKING:
 
 START_PATIENCE = 10.0  # seconds until the launcher has said which process it started
 REPORT_PATIENCE = 1.0  # seconds between the end of a process and the launcher's report of it
-# Seconds that a waiter polls before it sleeps, where worker and driver can have a core each. A round
-# trip of 22 us is found by it; and where the two share a core after all, it is 20 us of waste, not
-# the 100 of a group's own default. Eight workers on two cores took 280 us without, 530 with 100.
+# Seconds that a waiter polls before it sleeps, where worker and driver can have a core each: enough
+# for a round trip of 22 us. Where the two share a core after all, the 100 us of a group's default
+# would make it 245; and eight workers on two cores took 280 us without, 530 with 100.
 SPIN = 20e-6
 # One for all workers of this driver, so that sets iterate alike in all of them.
 HASH_SEED = str(secrets.randbelow(1 << 32))

@@ -189,6 +189,11 @@ class DriverChannel:
         if chunks and chunks[0] is data:  # else a handler's own call has already taken them
             chunks[:1] = kept
 
+    def forget(self) -> None:
+        """The other end has gone: keep no call alive that was half sent."""
+        self.eof = True
+        self._going = None
+
     def close(self) -> None:
         self.sock.close()
 
