@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Generator
 
@@ -25,6 +26,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(config.stash[OUTER])
     config.stash[ALLOWED] = set()
     leaks.mark(os.environ)
+
+
+def pytest_sessionstart() -> None:
+    """What a library takes once and keeps is nobody's leak: libuv's pipe for signals, here."""
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        uvloop.new_event_loop().close()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

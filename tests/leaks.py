@@ -48,6 +48,11 @@ class Process(NamedTuple):
         except OSError as error:
             return f"({error.strerror})"
 
+    def lives(self) -> bool:
+        """Whether it is there still, as a zombie at least."""
+        stat = _stat(self.pid)
+        return stat is not None and stat.started == self.started
+
     def __str__(self) -> str:
         stat = _stat(self.pid)
         if stat is None or stat.started != self.started:
@@ -230,6 +235,13 @@ def _handlers() -> dict[int, object]:
     return {number: signal.getsignal(number) for number in signal.valid_signals()}
 
 
+def _masks() -> dict[str, str]:
+    """What the kernel blocks and ignores: C code can change that, and Python does not know."""
+    with open("/proc/self/status") as status:
+        pairs = [line.split() for line in status if line.startswith(("SigBlk:", "SigIgn:"))]
+    return {pair[0].rstrip(":"): pair[1] for pair in pairs}
+
+
 # --- before and after -----------------------------------------------------------------------------
 
 
@@ -245,6 +257,7 @@ class State:
     shared_memory: set[str] = field(default_factory=_shared_memory)
     environment: dict[str, str] = field(default_factory=_environment)
     handlers: dict[int, object] = field(default_factory=_handlers)
+    masks: dict[str, str] = field(default_factory=_masks)
 
 
 def take(family: Family) -> State:
@@ -280,6 +293,7 @@ def compare(before: State) -> Left:
     lines += sorted(_not_strangers(_shared_memory() - before.shared_memory, before.family))
     lines += _changed("environment variable", before.environment, _environment())
     lines += _changed("handler of", before.handlers, _handlers(), _signal_name)
+    lines += _changed("signal mask", before.masks, _masks())
     return Left(processes, lines)
 
 

@@ -158,6 +158,8 @@ def report(root: int, children: list[Process]) -> None:
         say("pytest has no descendants")
     for child in children:
         say(str(child))
+        if not child.lives():
+            continue
         status = child.read("status").splitlines()
         wanted = ("State:", "PPid:", "Threads:", "VmRSS:", "SigBlk:", "SigIgn:", "SigCgt:")
         show(line for line in status if line.startswith(wanted))
