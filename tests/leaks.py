@@ -74,7 +74,8 @@ class _Stat(NamedTuple):
 
 def _stat(pid: int) -> _Stat | None:
     try:
-        text = Path(f"/proc/{pid}/stat").read_bytes().decode(errors="replace")
+        with open(f"/proc/{pid}/stat", "rb", 0) as file:
+            text = file.read().decode(errors="replace")
     except OSError:
         return None
     # The name stands in parentheses and may hold any byte, a parenthesis too.
@@ -112,7 +113,7 @@ class Family(NamedTuple):
         found = {self.root}
         for pid, stat in stats.items():
             children.setdefault(stat.parent, []).append(pid)
-            if stat.started >= began and (str(self.root) in _marks(pid) or self._holds_pipe(pid)):
+            if stat.started >= began and self._is_marked(Process(pid, stat.started)):
                 found.add(pid)
         new = list(found)
         while new:
@@ -123,8 +124,17 @@ class Family(NamedTuple):
         found -= {self.root, *self.ours}
         return [Process(pid, stats[pid].started) for pid in sorted(found) if pid in stats]
 
-    def _holds_pipe(self, pid: int) -> bool:
-        return self.pipe in _open_files(pid).values()
+    def _is_marked(self, process: Process) -> bool:
+        # Once seen, for good: nobody comes by the mark later, and whoever drops it was ours.
+        seen = _seen.get((self, process))
+        if seen is None:
+            pid = process.pid
+            seen = str(self.root) in _marks(pid) or self.pipe in _open_files(pid).values()
+            _seen[self, process] = seen
+        return seen
+
+
+_seen: dict[tuple[Family, Process], bool] = {}
 
 
 def _marks(pid: int) -> list[str]:

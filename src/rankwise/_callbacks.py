@@ -40,7 +40,7 @@ class Callbacks:
                 return
             try:
                 job()
-            except Exception:
+            except BaseException:
                 logger.exception("a callback of %s failed", self._name)
             job = None  # the thread, while it waits, keeps no future alive
 

@@ -84,6 +84,10 @@ if TYPE_CHECKING:
             """The group was collected; False where it had ended."""
             ...
 
+        def hurry_at_exit(self) -> None:
+            """Whoever is closing waits no longer than an exit may take."""
+            ...
+
         def break_calls(self) -> None:
             """Settle every open call: the interpreter is about to exit."""
             ...

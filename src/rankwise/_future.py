@@ -188,7 +188,9 @@ class GroupFuture(Future[T]):
     def _call_back(self, fn: Callable[[Future[T]], object]) -> None:
         try:
             fn(self)
-        except Exception:
+        except BaseException as error:  # also sys.exit: it would end the callbacks of all others
+            if is_interrupt(error):
+                raise
             LOGGER.exception("exception calling callback for %r", self)
 
     def announce(self) -> None:

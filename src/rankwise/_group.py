@@ -100,10 +100,10 @@ class WorkerGroup(ManyView):
         try:
             engine, boot = launch(spec)
             in_time = engine.wait(boot, deadline(spec.start_timeout))
+            self._adopt(spec, engine, boot, not in_time)
         except BaseException:
             _lifetime.kill_started(spec)
             raise
-        self._adopt(spec, engine, boot, not in_time)
 
     @classmethod
     def start(cls, target: Callable[..., object], world_size: int, **options: Any) -> GroupStart:

@@ -41,7 +41,8 @@ class Keeper:
         self._pump = engine.pump
         self._idle = 0
         self._looked_at = 0.0
-        self._suspects: dict[int, int] = {}  # rank -> call that it owed, idle, at the last look
+        # rank -> the call that it owed while idle, and what the pump had served at the first look
+        self._suspects: dict[int, tuple[int, int]] = {}
         self.thread = threading.Thread(target=self._run, name=f"rankwise-{name}-io", daemon=True)
 
     def start(self) -> None:
@@ -122,14 +123,17 @@ class Keeper:
         """A rank that is idle while it owes an answer, at two looks in a row, will not give it."""
         pump = self._pump
         ranks = self._engine.ranks
-        suspects: dict[int, int] = {}
+        suspects: dict[int, tuple[int, int]] = {}
+        served = pump.served
         with pump.lock:
             owed = list(pump.ledger.owed())
         for rank, call in owed:
             if pump.sockets.quiet(rank) and ranks.state(rank)[0] == "idle":
-                suspects[rank] = call.id
-        for rank, call_id in suspects.items():
-            if self._suspects.get(rank) == call_id:
+                first = self._suspects.get(rank)
+                suspects[rank] = first if first and first[0] == call.id else (call.id, served)
+        for rank, (call_id, before) in suspects.items():
+            # What was there at the first look is fed once a leader has polled anew, and fed, since.
+            if served >= before + 2:
                 with pump.lock:
                     pump.ledger.break_group(
                         Garbled(rank, f"it is idle and owes the answer to call {call_id}")

@@ -48,7 +48,8 @@ class Ledger:
     """The open calls of one group of `world_size` ranks."""
 
     __slots__ = (
-        "_barriers", "_last_id", "_placing", "_queued", "_timers", "broken", "closing", "dead",
+        "_barriers", "_dropping", "_last_id", "_placing", "_queued", "_timers", "broken",
+        "closing", "dead",
         "exiting", "hung", "inflight", "late", "open", "reports", "settled", "world_size",
     )  # fmt: skip
 
@@ -69,6 +70,7 @@ class Ledger:
         self._last_id = 0
         self._timers: list[tuple[float, int, int]] = []  # when, what, call id or rank
         self._barriers: list[Call] = []
+        self._dropping: dict[int, Call] = {}
 
     # -- submitting ---------------------------------------------------------------------------
 
@@ -100,6 +102,10 @@ class Ledger:
                 if not queue or queue[-1].id < call.id:
                     queue.append(call)
         self._placing = ()
+        for call in list(self._dropping.values()):
+            self._drop_on(call)
+        if self._barriers:
+            self._look_at_barriers()
 
     def barrier(self, call: Call) -> None:
         """Settle `call` (which no rank gets) once all that was placed before it has ended."""
@@ -172,7 +178,7 @@ class Ledger:
                     self._finish(call)
             elif rank == call.reply_from:
                 self._finish(call)
-            if len(call.answers) == len(call.ranks):
+            if len(call.answers) == len(call.ranks) and not call.done:
                 self._finish(call)
         if len(call.answers) == len(call.ranks):
             self._end(call)
@@ -257,10 +263,15 @@ class Ledger:
             self._finish(call)
 
     def _drop(self, call: Call, error: Error) -> None:
-        call.dropped = True
         call.error = error
+        call.dropped = True  # the commit: `next_to_send` and `mend` finish it
+        self._dropping[call.id] = call
+        self._drop_on(call)
+
+    def _drop_on(self, call: Call) -> None:
         self._finish(call)
         self._end(call)
+        self._dropping.pop(call.id, None)
 
     def expire(self, now: float) -> bool:
         """Let every timer run out that is due at `now`. Whether there was one."""
@@ -285,7 +296,8 @@ class Ledger:
             if failed is not None:
                 self.break_group(Stuck(call, *failed, tuple(call.missing())))
         elif call.done:
-            return
+            if call.dropped:
+                self._end(call)
         elif what == SETTLE:
             self._finish(call)
         elif not call.begun:
@@ -321,11 +333,20 @@ class Ledger:
         call.ended = True
         self.open.pop(call.id, None)
         if self._barriers:
-            first = next(iter(self.open), None)
-            for waiting in list(self._barriers):
-                if first is None or first > waiting.id:
-                    self._finish(waiting)
-            self._barriers[:] = [waiting for waiting in self._barriers if not waiting.done]
+            self._look_at_barriers()
+
+    def _look_at_barriers(self) -> None:
+        first = next(iter(self.open), None)
+        for waiting in list(self._barriers):
+            if (first is None or first > waiting.id) and not waiting.done:
+                self._finish(waiting)
+        self._barriers[:] = [waiting for waiting in self._barriers if not waiting.done]
+
+    def end_barriers(self) -> None:
+        """Nobody waits for what is open any more."""
+        for waiting in self._barriers:
+            self._finish(waiting)
+        self._barriers[:] = [waiting for waiting in self._barriers if not waiting.done]
 
     def owed(self) -> Iterator[tuple[int, Call]]:
         """(rank, the oldest call that it was sent and has not answered), for each such rank."""

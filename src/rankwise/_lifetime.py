@@ -77,6 +77,7 @@ def _break_all(owner: int) -> None:
     if owner == os.getpid():
         for engine in list(_engines):
             engine.break_calls()
+            engine.hurry_at_exit()
 
 
 def _close_all(owner: int) -> None:

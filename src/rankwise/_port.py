@@ -90,7 +90,7 @@ class Port:
 
     def settled(self, call: Call) -> None:
         """`call` has its outcome. From any thread."""
-        if threading.get_ident() == self._thread:
+        if asyncio._get_running_loop() is self.loop:
             self._finish(call)
             return
         self._news.append(call)
@@ -123,7 +123,7 @@ class Port:
             return
         if self.loop.is_closed():
             self._epoll.close()
-        elif threading.get_ident() == self._thread:
+        elif asyncio._get_running_loop() is self.loop or not self.loop.is_running():
             self.loop.remove_reader(fd)
             self._epoll.close()
         else:

@@ -27,6 +27,7 @@ from __future__ import annotations
 import os
 import select
 import threading
+import time
 from functools import partial
 
 from rankwise._calls import Call
@@ -50,11 +51,12 @@ TICK = 0.25  # seconds between the keeper's looks at open calls
 class Waiter:
     """One thread in `wait`. `gone`: it was struck by an exception and will not lead."""
 
-    __slots__ = ("gate", "gone", "thread")
+    __slots__ = ("gate", "gone", "outer", "thread")
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()
         self.gone = False
+        self.outer: Waiter | None = None  # the lead of this thread that a handler has interrupted
         self.gate: threading.Lock | None = None
 
 
@@ -69,6 +71,8 @@ class Pump:
         self.inert: str | None = None  # why nothing may be done here (a forked child's copy)
         self.announce: Callable[[Call], None] = lambda call: None  # futures with callbacks
         self.wake_at = NEVER  # when the keeper will look at the clock again
+        self.served = 0  # how often a leader has polled and fed all that it found
+        self.closed = False
         self.traffic = False  # something was submitted since the keeper's last look
         self.ports: list[Port] = []  # event loops that await calls of this group
         self._leader: Waiter | None = None
@@ -163,8 +167,8 @@ class Pump:
                     with self.lock:
                         if call.done:
                             break
-                        leader = self._leader
-                        if leader is None or leader.gone or leader.thread == me.thread:
+                        leader = self._current()
+                        if leader is None or leader.thread == me.thread:
                             # Nobody leads; or this runs in a signal handler that interrupted its
                             # own thread's lead, which cannot go on before it returns.
                             self._stranded = self._stranded or leader is not None
@@ -183,10 +187,11 @@ class Pump:
                 self._sleepers.pop(me, None)
                 if self._leader is me:
                     self._hand_on()
-        except BaseException:
+        except BaseException as error:
             me.gone = True
             self.kick()
-            raise
+            if not (self.closed and call.done and type(error) in (OSError, ValueError)):
+                raise  # else a handler of ours has closed the group under us
         return call.done
 
     def _sleep(self, me: Waiter, call: Call) -> None:
@@ -204,7 +209,18 @@ class Pump:
             self._arm(False)
         for port in self.ports:
             port.arm(False)
+        outer = self._current()
+        if outer is not me:
+            me.outer = outer
         self._leader = me
+
+    def _current(self) -> Waiter | None:
+        """The leader; where it is gone, the one of the same thread that it has interrupted."""
+        leader = self._leader
+        while leader is not None and leader.gone:
+            self._stranded = True
+            leader = leader.outer
+        return leader
 
     def _arm(self, armed: bool) -> None:
         self.outer.modify(self.ready_fd, IN if armed else 0)
@@ -212,9 +228,19 @@ class Pump:
 
     def _hand_on(self) -> None:
         """Give the lead to a sleeper; where there is none, let the keeper watch what is open."""
-        self._leader = None
-        for waiter in list(self._sleepers):
-            call = self._sleepers.pop(waiter)
+        leader = self._leader
+        outer = None if leader is None else leader.outer
+        while outer is not None and outer.gone:
+            self._stranded = True
+            outer = outer.outer
+        self._leader = outer
+        if outer is not None:
+            return  # it may be in the middle of receiving, and nobody else may begin
+        innermost = {waiter.thread: waiter for waiter in self._sleepers}
+        for waiter, call in list(self._sleepers.items()):
+            if innermost[waiter.thread] is not waiter:
+                continue  # a handler that waits too has interrupted it: it cannot lead now
+            del self._sleepers[waiter]
             if not waiter.gone and not call.done:
                 self._leader = waiter
                 _open_gate(waiter)
@@ -231,6 +257,7 @@ class Pump:
         for port in self.ports:
             port.arm(True)
         unled = any(not call.done and not call.led for call in self.ledger.open.values())
+        unled = unled or any(channel.wants_out for channel in self.sockets.channels)
         if unled is not self._armed:
             self._arm(unled)
 
@@ -267,10 +294,8 @@ class Pump:
         me = Waiter()
         try:
             with self.lock:
-                leader = self._leader
-                if leader is not None and not leader.gone:
+                if self._current() is not None:
                     return False
-                self._stranded = self._stranded or leader is not None
                 self._leader = me
             if self._stranded:
                 self._recover()
@@ -295,13 +320,13 @@ class Pump:
             events = poll(0)
             if not events:
                 now = clock()
+                if until is not None and now >= until:
+                    return False
                 if not spin_until:
                     spin_until = now + self.spin
                 if now < spin_until:
                     os.sched_yield()
                     continue
-                if until is not None and now >= until:
-                    return False
                 events = poll(None if until is None else until - now)
             self._serve(events)
         return True
@@ -333,6 +358,7 @@ class Pump:
             sockets.bury()
         if self.ledger.settled:
             self.tell()
+        self.served += 1
 
     def _note_news(self) -> None:
         """With the lock held: wake the keeper where it would sleep over a timer, or over an end."""
@@ -388,14 +414,20 @@ class Pump:
         In a forked child (`inert`) no lock is taken, which another thread may have held, and no
         epoll is changed, which the parent shares.
         """
+        self.closed = True
+        self.kick = self._rouse = _nothing
         if self.inert is None:
+            until = clock() + 5.0
+            while (leader := self._leader) and leader.thread != threading.get_ident():
+                if clock() > until or leader.gone:
+                    break
+                time.sleep(0.001)  # it was roused and has not had the interpreter's lock yet
             for port in self.ports:
                 port.close()
         self.sockets.close()
         self.outer.close()
         os.close(self._leader_wake)
         os.close(self.keeper_wake)
-        self.kick = self._rouse = _nothing
 
 
 def _nothing() -> None:

@@ -154,7 +154,7 @@ class Sockets:
     def quiet(self, rank: int) -> bool:
         """Whether nothing is on its way to or from `rank`: each end has read all that was sent."""
         channel = self.channels[rank]
-        if channel.eof or channel.wants_out or channel.holding or self._ledger.queued(rank):
+        if channel.eof or channel.wants_out or self._ledger.queued(rank):
             return False
         unread = unpack("i", ioctl(channel.fd, TIOCOUTQ, b"\0\0\0\0"))[0]
         waiting = unpack("i", ioctl(channel.fd, FIONREAD, b"\0\0\0\0"))[0]

@@ -116,9 +116,11 @@ def _construct(
     match capture(make, (), {}):
         case Ok(worker):
             words[SINCE] = time.monotonic_ns()
+            words[RUNNING] = call_id  # not idle before the answer has left
             words[PHASE] = READY
             words[DONE] = call_id
             channel.reply(ACK, call_id, b"")
+            words[RUNNING] = 0
             return worker, place
         case failed:
             assert isinstance(failed, Failed)

@@ -215,7 +215,7 @@ class Weather:
         self.strike()
         return self._recv(self._random.randint(1, self._small) if self._small else size)
 
-    def send(self, data: Any) -> int:
+    def send(self, data: Any, flags: int = 0) -> int:
         self.strike()
         return self._send(data[: self._random.randint(1, self._small)] if self._small else data)
 

@@ -71,6 +71,8 @@ class InlineEngine:
         self._on_failure = spec.on_failure
         self._closed = False
         self._abandoned = False
+        self._ended = False
+        self._closing = threading.RLock()
         self._channels = [QueueChannel(self, rank) for rank in range(spec.world_size)]
         self._threads = [
             threading.Thread(
@@ -231,9 +233,12 @@ class InlineEngine:
     def close(self, timeout: float | None, *, drop: bool = False) -> None:
         """See WorkerGroup.close. A thread cannot be killed: one that is stuck is left, a daemon."""
         until = deadline(timeout)
+        with self._closing:
+            if not self._ended:
+                self._close(until, drop)
+
+    def _close(self, until: float | None, drop: bool) -> None:
         with self._lock:
-            if self._closed:
-                return
             self._ledger.closing = True
             if drop:
                 self._ledger.drop_queued(Closed())
@@ -249,6 +254,7 @@ class InlineEngine:
             if thread is not threading.current_thread():
                 thread.join(left(until))
         self._callbacks.close()
+        self._ended = True
         if not any(thread.is_alive() for thread in self._threads):
             self.ranks.forget_status()
 
@@ -271,6 +277,11 @@ class InlineEngine:
     def refuse(self) -> None:
         with self._lock:
             self._ledger.closing = True
+
+    def hurry_at_exit(self) -> None:
+        with self._lock:
+            self._ledger.end_barriers()
+        self._tell()
 
     def break_calls(self) -> None:
         """Settle every open call: the interpreter is about to exit."""

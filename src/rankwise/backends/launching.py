@@ -78,9 +78,12 @@ def start_launcher(spec: GroupSpec, stack: ExitStack) -> Started:
     with_them = [other.fileno() for other in theirs]
     ours, launchers = socket.socketpair()
     stack.enter_context(ours)
-    status_fd = _status.make_status(size)
-    driver_pidfd = os.pidfd_open(os.getpid())
+    lent: list[int] = []  # what the launcher inherits, and we close
     try:
+        status_fd = _status.make_status(size)
+        lent.append(status_fd)
+        driver_pidfd = os.pidfd_open(os.getpid())
+        lent.append(driver_pidfd)
         status = _status.StatusPage(size, status_fd)
         flags = _interpreter_flags(environments)
         forks = spec.start_method == "forkserver"
@@ -126,8 +129,8 @@ def start_launcher(spec: GroupSpec, stack: ExitStack) -> Started:
         for other in theirs:
             other.close()
         launchers.close()
-        os.close(status_fd)
-        os.close(driver_pidfd)
+        for fd in lent:
+            os.close(fd)
 
 
 def _launcher_environment(environments: list[dict[str, str]]) -> dict[str, str]:

@@ -104,10 +104,11 @@ class LocalEngine:
         self._to_launcher: list[object] = []
         self._closing = threading.RLock()
         self._closed = False
+        self._limit: float | None = None  # no end takes longer: a shorter close, a kill, the exit
         self._stack = stack
-        _lifetime.adopt(self)  # from here on a start that is interrupted is found and killed
         self.keeper.start()
         self._stack = stack.pop_all()
+        _lifetime.adopt(self)
 
     # -- calls --------------------------------------------------------------------------------
 
@@ -131,6 +132,13 @@ class LocalEngine:
 
     def cancel(self, call: Call) -> bool:
         self.pump.check_entry()
+        try:
+            return self._cancel(call)
+        except BaseException:
+            self.pump.kick()  # the keeper finishes what was begun
+            raise
+
+    def _cancel(self, call: Call) -> bool:
         with self.pump.lock:
             dropped = self.pump.ledger.cancel(call)
             if not dropped and not call.ended:
@@ -141,6 +149,7 @@ class LocalEngine:
         return dropped
 
     def watch(self, future: GroupFuture[Any]) -> None:
+        self.pump.check_entry()
         self._callbacks.ensure()
 
     def defer(self, job: Callable[[], object]) -> None:
@@ -152,6 +161,8 @@ class LocalEngine:
         return Closed(ledger.exiting) if self._closed else ledger.refusal()
 
     def owed(self) -> dict[int, Call]:
+        if self.pump.inert is not None:
+            return {}
         with self.pump.lock:
             return dict(self.pump.ledger.owed())
 
@@ -189,7 +200,7 @@ class LocalEngine:
                     self._preloaded(seconds, refused)
                 case Gone(left):
                     if left:
-                        logger.error("%s: the kernel holds on to %s", self.name, left)
+                        self._log(logging.ERROR, "%s: the kernel keeps %s", self.name, left)
                     self._gone = True
                     self.pump.outer.unregister(self.control_fd)
                     self.pump.outer.unregister(self.launcher_pidfd)
@@ -201,9 +212,16 @@ class LocalEngine:
 
     def _preloaded(self, seconds: float, refused: str | None) -> None:
         if refused is None:
-            logger.info("%s: the launcher has preloaded in %.2f s", self.name, seconds)
+            self._log(logging.INFO, "%s: the launcher has preloaded in %.2f s", self.name, seconds)
         else:
-            logger.warning("%s: the ranks are spawned, not forked: %s", self.name, refused)
+            self._log(
+                logging.WARNING, "%s: the ranks are spawned, not forked: %s", self.name, refused
+            )
+
+    def _log(self, level: int, *message: object) -> None:
+        """Log, but not by the keeper: a handler of the user's may block or raise."""
+        if logger.isEnabledFor(level):
+            self.defer(partial(logger.log, level, *message))
 
     def _launcher_lost(self, reason: Exception) -> None:
         """The launcher has ended before it said Gone: the ranks have a SIGKILL from the kernel."""
@@ -262,8 +280,16 @@ class LocalEngine:
             ledger = self.pump.ledger
             cause, closing = ledger.broken, ledger.closing
             reports, ledger.reports = ledger.reports, type(ledger.reports)()
-        for report in reports:
-            _lifetime.log_failure(*report)
+        for report in reports:  # not by this thread: a handler of the user's may block or raise
+            self.defer(partial(_lifetime.log_failure, *report))
+        if self._limit is not None:
+            if now < self._limit:
+                self.next_step = self._limit
+            elif closing:
+                with self.pump.lock:
+                    self.pump.ledger.end_barriers()
+                self.pump.tell()
+                self.pump.rouse_leader()
         if cause is not None:
             self._report_failure(cause)
         if cause is None or self._gone or closing:
@@ -299,7 +325,8 @@ class LocalEngine:
             phase = self.ranks.phase(rank)
             if self.ranks.pid(rank) and self._phases.get(rank) != phase:
                 self._phases[rank] = phase
-                logger.info(
+                self._log(
+                    logging.INFO,
                     "%s: rank %d (pid %d): %s, after %.2f s",
                     self.name, rank, self.ranks.pid(rank), phase, now - self._began,
                 )  # fmt: skip
@@ -339,11 +366,21 @@ class LocalEngine:
 
     # -- closing ------------------------------------------------------------------------------
 
+    def hurry(self, until: float | None) -> None:
+        """Whoever is closing already waits no longer than `until`."""
+        if until is None or self._closed:
+            return
+        with self._news:
+            self._limit = until if self._limit is None else min(until, self._limit)
+            self._news.notify_all()
+        self.pump.kick()  # the keeper ends the calls then
+
     def close(self, timeout: float | None, *, drop: bool = False) -> None:
         """See WorkerGroup.close. `drop`: without the queued calls, and the cancel flags set."""
         self.pump.check_entry()
         interrupted: BaseException | None = None
         until = deadline(timeout)
+        self.hurry(until)
         with self._closing:
             if self._closed:
                 return
@@ -363,6 +400,7 @@ class LocalEngine:
     def kill(self) -> None:
         """End everything at once."""
         self.pump.check_entry()
+        self.hurry(clock())
         with self._closing:
             interrupted = self._end_firmly()
         if interrupted is not None:
@@ -408,7 +446,7 @@ class LocalEngine:
         self.pump.tell()
         alive = tuple(rank for rank in self.ranks.pids if rank not in self.ranks.reports)
         self.send(Signal(alive, signal.SIGTERM))
-        self._wait_news(self._all_exited, deadline(TERM_GRACE))
+        self._wait_own(self._all_exited, deadline(TERM_GRACE))
 
     def _end_launcher(self) -> None:
         with self.pump.lock:
@@ -423,10 +461,10 @@ class LocalEngine:
         self._heard = clock()
         while not self._gone and clock() < self._heard + LAUNCHER_PATIENCE:
             # It says Dying while the kernel still frees a rank's memory, some 30 ms a GB.
-            self._wait_news(lambda: self._gone, self._heard + LAUNCHER_PATIENCE)
+            self._wait_own(lambda: self._gone, self._heard + LAUNCHER_PATIENCE)
         if not self._gone:
             self._kill_launcher()
-            self._wait_news(lambda: self._gone, deadline(LAUNCHER_PATIENCE))
+            self._wait_own(lambda: self._gone, deadline(LAUNCHER_PATIENCE))
         if not _lifetime.wait_readable(self.launcher_pidfd, LAUNCHER_PATIENCE):
             self._kill_launcher()
         self._launcher.wait()
@@ -452,9 +490,20 @@ class LocalEngine:
 
     def _wait_news(self, happened: Callable[[], bool], until: float | None) -> bool:
         with self._news:
+            while not happened():
+                limits = [limit for limit in (until, self._limit) if limit is not None]
+                soonest = min(limits, default=None)
+                if soonest is not None and clock() >= soonest:
+                    return False
+                self._news.wait(left(soonest))
+            return True
+
+    def _wait_own(self, happened: Callable[[], bool], until: float | None) -> bool:
+        with self._news:
             return self._news.wait_for(happened, left(until))
 
     def refuse(self) -> None:
+        self.pump.check_entry()
         with self.pump.lock:
             self.pump.ledger.closing = True
 
@@ -464,12 +513,17 @@ class LocalEngine:
 
     # -- not by the caller --------------------------------------------------------------------
 
+    def hurry_at_exit(self) -> None:
+        if self.pump.ledger.closing:
+            self.hurry(clock() + _lifetime.EXIT_TIMEOUT)
+
     def break_calls(self) -> None:
         """Settle every open call: the interpreter is about to exit."""
         with self.pump.lock:
             self.pump.ledger.closing = self.pump.ledger.exiting = True
             for call in list(self.pump.ledger.open.values()):
                 self.pump.ledger.abort(call, Closed(exiting=True))
+            self.pump.ledger.end_barriers()
         self.pump.tell()
         self.pump.rouse_leader()
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import select
+from _socket import MSG_NOSIGNAL
 from contextlib import suppress
 
 from rankwise._deadline import clock
@@ -112,9 +113,10 @@ class DriverChannel:
                 if done >= total:
                     break
                 if done < len(frame):
-                    sent.extend(map(self.send, (frame if not done else frame[done:],)))
+                    sent.extend(map(self.send, (frame[done:],), (MSG_NOSIGNAL,)))
                 else:
-                    sent.extend(map(self.send, (memoryview(body)[done - len(frame) :],)))
+                    view = memoryview(body)[done - len(frame) :]
+                    sent.extend(map(self.send, (view,), (MSG_NOSIGNAL,)))
         except BlockingIOError:
             return False
         if self._going is going:  # else a handler's own call has already finished it
