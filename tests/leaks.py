@@ -249,8 +249,8 @@ def _masks() -> dict[str, str]:
     """What the kernel blocks and ignores: C code can change that, and Python does not know."""
     with open("/proc/self/status") as status:
         pairs = [line.split() for line in status if line.startswith(("SigBlk:", "SigIgn:"))]
-    # glibc keeps signals 32 and 33 to itself: its posix_spawn (make uses it) has a child ignore them,
-    # and the first thread that the child makes installs a handler.
+    # glibc keeps signals 32 and 33 to itself: its posix_spawn, which make uses, has a child ignore
+    # them, and the first thread that the child makes installs a handler.
     return {name.rstrip(":"): f"{int(mask, 16) & ~(3 << 31):016x}" for name, mask in pairs}
 
 

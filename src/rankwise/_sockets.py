@@ -103,6 +103,10 @@ class Sockets:
             with self._lock:
                 ledger = self._ledger
                 ledger.mend()
+                if ledger.queued(rank):
+                    # Struck after a call's last byte, before that was noted: note it before the
+                    # answer is taken, or the call would be put under way a second time.
+                    self.flush(rank)
                 for kind, call_id, body, sequence in frames:
                     ahead = (sequence - channel.receive_sequence) & SEQUENCE_MASK
                     if ahead == 0 and kind in ANSWERS:
