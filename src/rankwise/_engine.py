@@ -84,6 +84,10 @@ if TYPE_CHECKING:
             """The group was collected; False where it had ended."""
             ...
 
+        def learn_pids(self) -> None:
+            """Wait, briefly, for the launcher's word on each rank's process."""
+            ...
+
         def hurry_at_exit(self) -> None:
             """Whoever is closing waits no longer than an exit may take."""
             ...

@@ -119,6 +119,7 @@ class WorkerGroup(ManyView):
     def _adopt(self, spec: GroupSpec, engine: Engine, boot: Call, timed_out: bool) -> Self:
         """Be the group of the started `engine`, or raise why it did not start."""
         engine.starting = False
+        engine.learn_pids()
         error = startup_error(boot, engine, timed_out, spec.start_timeout or 0.0)
         if error is not None:
             engine.kill()

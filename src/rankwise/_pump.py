@@ -20,6 +20,9 @@ The lock is held for microseconds and never while anything blocks. An exception 
 handler may strike the main thread anywhere in here. Then the waiter marks itself `gone` and kicks
 the keeper, which finishes what was begun (`mend`) and passes on the lead; both are straight code
 and one C call, between which no handler runs.
+
+It is one file, and a long one, because the hand-over of the lead can only be judged as a whole:
+every method here may be the other half of a race with any other.
 """
 
 from __future__ import annotations

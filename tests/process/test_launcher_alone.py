@@ -82,7 +82,8 @@ result = dict(
         assert seen["sigint"]
         assert status_of(seen["status"], "SigBlk") == 0
         usual = (1 << signal.SIGPIPE - 1) | (1 << signal.SIGXFSZ - 1)
-        assert status_of(seen["status"], "SigIgn") == usual
+        # 32 and 33 are glibc's own: its posix_spawn, which make uses, leaves them ignored.
+        assert status_of(seen["status"], "SigIgn") & ~(3 << 31) == usual
     assert group.finish() == []
 
 

@@ -240,7 +240,7 @@ def test_a_handler_that_calls_at_any_moment_gets_its_answer_or_is_told_why_not()
             answered.append(mark)
             if value != [mark] * 2: wrong.append(repr(value))
     signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-3)
+    signal.setitimer(signal.ITIMER_REAL, 5e-3, 5e-3)
     for number in range(5000):
         value = group.call("echo", number)
         if value != [number] * 2: wrong.append([number, repr(value)])

@@ -8,6 +8,9 @@ Who ends what, in this order: the workers (by their own exit, or by the launcher
 its own exit after Gone, or SIGKILL), the printer, the keeper's thread, the callback thread, the
 descriptors. `close` walks that order whatever it finds already done; a broken group's keeper walks
 its first half by itself.
+
+It is one file, though a long one, for now: starting, hearing and ending share the same few fields,
+and the order in which they end is what a reader has to see at once.
 """
 
 from __future__ import annotations
@@ -512,6 +515,13 @@ class LocalEngine:
         return self.pump.inert
 
     # -- not by the caller --------------------------------------------------------------------
+
+    def learn_pids(self) -> None:
+        # A rank may be ready before the keeper has heard the launcher say which process it is.
+        self._wait_own(
+            lambda: self._gone or len(self.ranks.pids) == self.world_size,
+            deadline(LAUNCHER_PATIENCE if self.pump.ledger.broken is None else 0.0),
+        )
 
     def hurry_at_exit(self) -> None:
         if self.pump.ledger.closing:

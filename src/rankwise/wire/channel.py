@@ -165,8 +165,9 @@ class DriverChannel:
         if len(chunks) > 1:
             first = next((chunk for chunk in chunks if chunk), b"")
             if len(first) >= HEADER_SIZE:
-                length = check_header(first, 0)[4]
+                _, _, sequence, _, length = check_header(first, 0)
                 if sum(map(len, chunks)) < HEADER_SIZE + length:
+                    self._check_begun(sequence, found)
                     return found, b"", 0  # joining a large frame at each step would be quadratic
             joined = b"".join(chunks)
             if self._received == received:  # else a handler's own call has received meanwhile
@@ -178,10 +179,17 @@ class DriverChannel:
             kind, _, sequence, call_id, length = check_header(data, at)
             end = at + HEADER_SIZE + length
             if end > size:
+                self._check_begun(sequence, found)
                 break
             found.append((kind, call_id, data[at + HEADER_SIZE : end], sequence))
             at = end
         return found, data, at
+
+    def _check_begun(self, sequence: int, found: list[tuple[int, int, bytes, int]]) -> None:
+        """A frame of which only the beginning is there: one that is not due need not be awaited."""
+        due = found[-1][3] + 1 if found else self.receive_sequence
+        if sequence != due & SEQUENCE_MASK:
+            raise BadFrame(f"frame {sequence} came where {due} was due")
 
     def consume(self, data: bytes, used: int) -> None:
         """The first `used` bytes of `data`, both as `frames` gave them, have been dealt with."""
