@@ -16,7 +16,7 @@ from rankwise import GroupClosed, StartupError, WorkerDied, WorkerGroup
 uvloop = pytest.importorskip("uvloop")
 
 pytestmark = pytest.mark.leaks_allowed(
-    "the shared group keeps the epoll of a loop that has closed until the next one comes, or its own"
+    "the shared group keeps the epoll of a loop that has closed until the next comes, or its own"
     " close, and its callback thread starts with the first callback"
 )
 
