@@ -88,10 +88,6 @@ if TYPE_CHECKING:
             """Wait, briefly, for the launcher's word on each rank's process."""
             ...
 
-        def hurry_at_exit(self) -> None:
-            """Whoever is closing waits no longer than an exit may take."""
-            ...
-
         def break_calls(self) -> None:
             """Settle every open call: the interpreter is about to exit."""
             ...

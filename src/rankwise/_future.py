@@ -225,8 +225,7 @@ class GroupFuture(Future[T]):
             return self._error is not None
         if call.error is not None:
             return True
-        kinds = [kind for kind, _ in list(call.answers.values())]
-        return FAILED in kinds and not call.return_exceptions
+        return call.failure() is not None and not call.return_exceptions
 
     def __del__(self) -> None:
         call = self.__dict__.get("_call")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from functools import partial
 
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
@@ -71,11 +72,12 @@ class Keeper:
 
     def _give_up(self, error: Exception) -> None:
         """Nobody may wait for a keeper that failed: the group breaks, and says why."""
-        logger.exception("%s: the group's own thread failed", self._engine.name)
         with self._pump.lock:
             self._pump.ledger.break_group(Garbled(-1, f"the driver's own thread failed: {error!r}"))
-        self._pump.tell()
-        self._pump.rouse_leader()
+        self._pump.spread()
+        # Not by this thread: a handler of the user's, which may be what failed, must not end it.
+        what = "%s: the group's own thread failed"
+        self._engine.defer(partial(logger.error, what, self._engine.name, exc_info=error))
 
     def _timeout(self) -> float | None:
         pump = self._pump
@@ -115,8 +117,7 @@ class Keeper:
             self._looked_at = now
             self._look_for_lost()
         if expired or pump.ledger.settled:
-            pump.tell()
-            pump.rouse_leader()
+            pump.spread()
         engine.step(now)
 
     def _look_for_lost(self) -> None:

@@ -105,7 +105,7 @@ class Ledger:
         for call in list(self._dropping.values()):
             self._drop_on(call)
         if self._barriers:
-            self._look_at_barriers()
+            self._settle_barriers(next(iter(self.open), None))
 
     def barrier(self, call: Call) -> None:
         """Settle `call` (which no rank gets) once all that was placed before it has ended."""
@@ -264,6 +264,13 @@ class Ledger:
             call.error = error
             self._finish(call)
 
+    def exit(self) -> None:
+        """The interpreter is about to exit: take no more calls, and settle all that wait."""
+        self.closing = self.exiting = True
+        for call in list(self.open.values()):
+            self.abort(call, Closed(exiting=True))
+        self.end_barriers()
+
     def _drop(self, call: Call, error: Error) -> None:
         call.error = error
         call.dropped = True  # the commit: `next_to_send` and `mend` finish it
@@ -335,10 +342,10 @@ class Ledger:
         call.ended = True
         self.open.pop(call.id, None)
         if self._barriers:
-            self._look_at_barriers()
+            self._settle_barriers(next(iter(self.open), None))
 
-    def _look_at_barriers(self) -> None:
-        first = next(iter(self.open), None)
+    def _settle_barriers(self, first: int | None) -> None:
+        """Settle those that wait for nothing from call `first` on; None: all."""
         for waiting in list(self._barriers):
             if (first is None or first > waiting.id) and not waiting.done:
                 self._finish(waiting)
@@ -346,9 +353,7 @@ class Ledger:
 
     def end_barriers(self) -> None:
         """Nobody waits for what is open any more."""
-        for waiting in self._barriers:
-            self._finish(waiting)
-        self._barriers[:] = [waiting for waiting in self._barriers if not waiting.done]
+        self._settle_barriers(None)
 
     def owed(self) -> Iterator[tuple[int, Call]]:
         """(rank, the oldest call that it was sent and has not answered), for each such rank."""

@@ -18,7 +18,6 @@ from _pickle import loads as plain_loads
 
 from rankwise._calls import Closed
 from rankwise._deadline import clock
-from rankwise._messages import FAILED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,7 +76,6 @@ def _break_all(owner: int) -> None:
     if owner == os.getpid():
         for engine in list(_engines):
             engine.break_calls()
-            engine.hurry_at_exit()
 
 
 def _close_all(owner: int) -> None:
@@ -107,10 +105,9 @@ def wait_readable(fd: int, timeout: float) -> bool:
 def log_unfetched(future: GroupFuture[Any]) -> None:
     """Log, once, a failure that nobody has asked for, as asyncio does."""
     call = future._call
-    failed = [(rank, body) for rank, (kind, body) in list(call.answers.items()) if kind == FAILED]
-    if failed and not call.return_exceptions:
-        rank, body = failed[0]
-        _log("nobody fetched the exception of", call, rank, body)
+    failed = call.failure()
+    if failed is not None and not call.return_exceptions:
+        _log("nobody fetched the exception of", call, *failed)
     elif call.error is not None and not isinstance(call.error, Closed):
         logger.error(
             "nobody fetched the failure of %s(): %s", call.method, type(call.error).__name__

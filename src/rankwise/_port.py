@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import select
-import threading
 from collections import deque
 from functools import partial
 
@@ -32,7 +31,6 @@ class Port:
     def __init__(self, pump: Pump, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._pump = pump
-        self._thread = threading.get_ident()
         self._waiting: dict[Call, list[asyncio.Future[None]]] = {}
         self._news: deque[Call] = deque()
         self._told = False  # a call of _deliver is on its way

@@ -231,13 +231,10 @@ class Pump:
 
     def _hand_on(self) -> None:
         """Give the lead to a sleeper; where there is none, let the keeper watch what is open."""
-        leader = self._leader
-        outer = None if leader is None else leader.outer
-        while outer is not None and outer.gone:
-            self._stranded = True
-            outer = outer.outer
-        self._leader = outer
-        if outer is not None:
+        if self._leader is not None:
+            self._leader = self._leader.outer
+        self._leader = self._current()
+        if self._leader is not None:
             return  # it may be in the middle of receiving, and nobody else may begin
         innermost = {waiter.thread: waiter for waiter in self._sleepers}
         for waiter, call in list(self._sleepers.items()):
@@ -284,9 +281,7 @@ class Pump:
         """Do what a thread that was struck by an exception has left undone. The keeper's."""
         with self.lock:
             self.sockets.flush_all()
-            leader = self._leader
-            if leader is None or leader.gone:
-                self._stranded = self._stranded or leader is not None
+            if self._current() is not self._leader or self._leader is None:
                 self._hand_on()
         if self._stranded:
             self.lead_once()
@@ -393,6 +388,11 @@ class Pump:
             with self.lock:
                 if settled and settled[0] is call:
                     settled.popleft()
+
+    def spread(self) -> None:
+        """Let everybody hear what was settled: the watchers, and a leader that sleeps."""
+        self.tell()
+        self.rouse_leader()
 
     def rouse_leader(self) -> None:
         """Wake the leader, if there is one: its call may have been settled by somebody else."""

@@ -10,6 +10,7 @@ from rankwise._status import PHASE, PHASES, READY, RUNNING, SINCE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from rankwise._calls import Call
     from rankwise._messages import Exited
     from rankwise._status import StatusPage
 
@@ -29,6 +30,10 @@ class Ranks:
         """The process id of `rank`: ours, where it is a thread; 0 where it was not started."""
         return self.pids.get(rank, self._own_pid)
 
+    def alive(self) -> tuple[int, ...]:
+        """The ranks that were started and whose end has not been reported."""
+        return tuple(rank for rank in self.pids if rank not in self.reports)
+
     def exited(self, rank: int) -> bool:
         return rank in self.reports or self._status is None
 
@@ -46,9 +51,11 @@ class Ranks:
         """The id of the call that `rank` is in; 0: none."""
         return self.word(rank, RUNNING)
 
-    def cancel(self, rank: int, call_id: int) -> None:
+    def cancel(self, call: Call) -> None:
+        """Tell the ranks that owe `call` that it was cancelled."""
         if self._status is not None:
-            self._status.cancel(rank, call_id)
+            for rank in call.missing():
+                self._status.cancel(rank, call.id)
 
     def state(self, rank: int, call_id: int | None = None) -> tuple[str, float]:
         """(what `rank` is doing, for how many seconds it has been in its call).

@@ -182,8 +182,7 @@ class InlineEngine:
         with self._lock:
             dropped = self._ledger.cancel(call)
             if not dropped and not call.ended:
-                for rank in call.missing():
-                    self.ranks.cancel(rank, call.id)
+                self.ranks.cancel(call)
         self._tell()
         return dropped
 
@@ -243,8 +242,7 @@ class InlineEngine:
             if drop:
                 self._ledger.drop_queued(Closed())
                 for call in list(self._ledger.open.values()):
-                    for rank in call.missing():
-                        self.ranks.cancel(rank, call.id)
+                    self.ranks.cancel(call)
         self._tell()
         drained = Call("close", b"", ())
         self.barrier(drained)
@@ -281,17 +279,10 @@ class InlineEngine:
     def learn_pids(self) -> None:
         pass  # they are ours
 
-    def hurry_at_exit(self) -> None:
-        with self._lock:
-            self._ledger.end_barriers()
-        self._tell()
-
     def break_calls(self) -> None:
         """Settle every open call: the interpreter is about to exit."""
         with self._lock:
-            self._ledger.closing = self._ledger.exiting = True
-            for call in list(self._ledger.open.values()):
-                self._ledger.abort(call, Closed(exiting=True))
+            self._ledger.exit()
         self._tell()
 
     def abandon(self) -> bool:

@@ -145,10 +145,8 @@ class LocalEngine:
         with self.pump.lock:
             dropped = self.pump.ledger.cancel(call)
             if not dropped and not call.ended:
-                for rank in call.missing():
-                    self.ranks.cancel(rank, call.id)
-        self.pump.tell()
-        self.pump.rouse_leader()
+                self.ranks.cancel(call)
+        self.pump.spread()
         return dropped
 
     def watch(self, future: GroupFuture[Any]) -> None:
@@ -204,9 +202,8 @@ class LocalEngine:
                 case Gone(left):
                     if left:
                         self._log(logging.ERROR, "%s: the kernel keeps %s", self.name, left)
+                    self._stop_hearing()
                     self._gone = True
-                    self.pump.outer.unregister(self.control_fd)
-                    self.pump.outer.unregister(self.launcher_pidfd)
         self._tell_news()
 
     def _exited(self, report: Exited) -> None:
@@ -228,23 +225,24 @@ class LocalEngine:
 
     def _launcher_lost(self, reason: Exception) -> None:
         """The launcher has ended before it said Gone: the ranks have a SIGKILL from the kernel."""
-        self.pump.outer.unregister(self.control_fd)
-        self.pump.outer.unregister(self.launcher_pidfd)
+        self._stop_hearing()
         orphans = self.kill_ranks()
         if not self._finishing:
-            _lifetime.wait_readable(
-                self.launcher_pidfd, 0.1
-            )  # its descriptors close before it ends
+            # Its descriptors close before it ends.
+            _lifetime.wait_readable(self.launcher_pidfd, 0.1)
             self._launcher.poll()
             ended = describe_exit(self._launcher.returncode)
             self._break(Garbled(-1, f"process {self._launcher.pid} {ended} ({reason})"))
-            self.pump.tell()
-            self.pump.rouse_leader()
+            self.pump.spread()
         for pidfd in orphans:  # nobody of ours can wait for them, but they may be watched
             _lifetime.wait_readable(pidfd, LAUNCHER_PATIENCE)
             os.close(pidfd)
         self._gone = True
         self._tell_news()
+
+    def _stop_hearing(self) -> None:
+        self.pump.outer.unregister(self.control_fd)
+        self.pump.outer.unregister(self.launcher_pidfd)
 
     def _tell_news(self) -> None:
         with self._news:
@@ -291,17 +289,17 @@ class LocalEngine:
             elif closing:
                 with self.pump.lock:
                     self.pump.ledger.end_barriers()
-                self.pump.tell()
-                self.pump.rouse_leader()
+                self.pump.spread()
         if cause is not None:
             self._report_failure(cause)
         if cause is None or self._gone or closing:
             return  # whoever closes does the ending
         if not self._end_at[0]:
             self._end_at = [now + BROKEN_TERM, now + BROKEN_TERM + TERM_GRACE]
-            self._begin_end()
+            self.send_exits()
+            self.pump.spread()
         term, kill = self._end_at
-        alive = tuple(rank for rank in self.ranks.pids if rank not in self.ranks.reports)
+        alive = self.ranks.alive()
         if not alive or now >= kill:
             self.finish()
         elif now >= term:
@@ -310,11 +308,6 @@ class LocalEngine:
         self.next_step = min(self._end_at)
         if self._finishing:
             self.next_step = None
-
-    def _begin_end(self) -> None:
-        self.send_exits()
-        self.pump.tell()
-        self.pump.rouse_leader()
 
     def _report_failure(self, cause: Error) -> None:
         """Have `on_failure` called, once, on the callback thread."""
@@ -387,15 +380,11 @@ class LocalEngine:
         with self._closing:
             if self._closed:
                 return
-            stages = [partial(self._end_calls, until, drop), partial(self._end_ranks, until)]
-            while stages:
-                try:
-                    stages[0]()
-                except BaseException as error:  # ^C: no more waiting, and raised when all is done
-                    interrupted = error
-                    stages.clear()
-                    continue
-                stages.pop(0)
+            try:
+                self._end_calls(until, drop)
+                self._end_ranks(until)
+            except BaseException as error:  # ^C: no more waiting, and raised when all is done
+                interrupted = error
             interrupted = self._end_firmly() or interrupted
         if interrupted is not None:
             raise interrupted
@@ -431,8 +420,7 @@ class LocalEngine:
             open_calls = list(ledger.open.values())
         if drop:
             for call in open_calls:
-                for rank in call.missing():
-                    self.ranks.cancel(rank, call.id)
+                self.ranks.cancel(call)
         self.pump.tell()
         drained = Call("close", b"", ())
         self.barrier(drained)
@@ -447,8 +435,7 @@ class LocalEngine:
             return
         self._break(Closed())
         self.pump.tell()
-        alive = tuple(rank for rank in self.ranks.pids if rank not in self.ranks.reports)
-        self.send(Signal(alive, signal.SIGTERM))
+        self.send(Signal(self.ranks.alive(), signal.SIGTERM))
         self._wait_own(self._all_exited, deadline(TERM_GRACE))
 
     def _end_launcher(self) -> None:
@@ -458,8 +445,7 @@ class LocalEngine:
         if cause is not None:
             self._report_failure(cause)
         self._break(Closed())
-        self.pump.tell()
-        self.pump.rouse_leader()
+        self.pump.spread()
         self.finish()
         self._heard = clock()
         while not self._gone and clock() < self._heard + LAUNCHER_PATIENCE:
@@ -517,25 +503,19 @@ class LocalEngine:
     # -- not by the caller --------------------------------------------------------------------
 
     def learn_pids(self) -> None:
+        """Wait, briefly, until the pid of every rank is known."""
         # A rank may be ready before the keeper has heard the launcher say which process it is.
         self._wait_own(
             lambda: self._gone or len(self.ranks.pids) == self.world_size,
             deadline(LAUNCHER_PATIENCE if self.pump.ledger.broken is None else 0.0),
         )
 
-    def hurry_at_exit(self) -> None:
-        if self.pump.ledger.closing:
-            self.hurry(clock() + _lifetime.EXIT_TIMEOUT)
-
     def break_calls(self) -> None:
         """Settle every open call: the interpreter is about to exit."""
         with self.pump.lock:
-            self.pump.ledger.closing = self.pump.ledger.exiting = True
-            for call in list(self.pump.ledger.open.values()):
-                self.pump.ledger.abort(call, Closed(exiting=True))
-            self.pump.ledger.end_barriers()
-        self.pump.tell()
-        self.pump.rouse_leader()
+            self.pump.ledger.exit()
+        self.pump.spread()
+        self.hurry(clock() + _lifetime.EXIT_TIMEOUT)  # whoever is closing already
 
     def abandon(self) -> bool:
         """The group was collected: end without waiting. False where it has ended already.
