@@ -30,6 +30,10 @@ class Callbacks:
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
 
+    def is_current(self) -> bool:
+        """Whether this very thread is the callback thread."""
+        return threading.current_thread() is self._thread
+
     def put(self, job: Callable[[], object]) -> None:
         self._jobs.put(job)
 

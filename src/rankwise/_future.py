@@ -144,7 +144,10 @@ class GroupFuture(Future[T]):
             if self._decoded:
                 return
             try:
-                self._value = take(self._call, self._engine)
+                value = take(self._call, self._engine)
+                if self._decoded:
+                    return  # by a signal handler in the middle of that
+                self._value = value
             except Exception as error:
                 if is_interrupt(error):
                     raise  # nothing is decoded yet: the next who asks does it again

@@ -135,7 +135,9 @@ class WorkerGroup(ManyView):
     # -- what it is ---------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        engine = self._engine
+        engine = self.__dict__.get("_engine")
+        if engine is None:
+            return "<WorkerGroup: not started>"  # a debugger's view of a constructor that failed
         cause = engine.refusal()
         state = "open" if cause is None else "closed" if isinstance(cause, Closed) else "broken"
         return (

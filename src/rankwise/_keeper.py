@@ -104,11 +104,12 @@ class Keeper:
             except BlockingIOError:
                 pass
             pump.mend()
-        if engine.control_fd in fds or engine.launcher_pidfd in fds:
-            engine.hear()
+        if engine.link.control_fd in fds or engine.link.launcher_pidfd in fds:
+            engine.link.hear()
         look = pump.sockets.deaths or pump.ready_fd in fds or not fds
         if look and not pump.lead_once():
-            pump.disarm()
+            with pump.lock:
+                pump.lead.disarm()
             pump.rouse_leader()
         now = clock()
         with pump.lock:

@@ -165,7 +165,7 @@ class Exited:
 
 
 class Output:
-    """Bytes to show on stream 1 or 2: whole lines in mode "prefix", as they came in "inherit"."""
+    """Bytes to show on stream 1 or 2: whole lines, in mode "prefix" with their prefixes."""
 
     __slots__ = ("data", "stream")
     __match_args__ = ("stream", "data")

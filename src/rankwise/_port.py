@@ -116,13 +116,12 @@ class Port:
 
     def close(self) -> None:
         """Leave the loop. From any thread: a loop that runs elsewhere removes its own reader."""
-        fd = self._epoll.fileno()
         if self._epoll.closed:
             return
         if self.loop.is_closed():
             self._epoll.close()
         elif asyncio._get_running_loop() is self.loop or not self.loop.is_running():
-            self.loop.remove_reader(fd)
+            self.loop.remove_reader(self._epoll.fileno())
             self._epoll.close()
         else:
             try:

@@ -6,13 +6,13 @@
 There is no reader thread between a socket and its caller. Whoever waits takes the *lead*: it polls
 `_ready` (an epoll of the reply sockets) for the spin budget, sleeps on it after that, and feeds
 what comes to the ledger, for itself and for all others. One thread leads at a time; other waiters
-sleep, each at a gate of its own, until their call is settled or the lead is handed to them. Calls
-that nobody waits for (a future with a callback, say) are led for by the keeper (`_keeper.py`):
-`_ready` is nested in the keeper's epoll, and *armed* there by one epoll_ctl, which takes effect
-while the keeper is asleep and costs no wake-up. Taking the lead disarms it.
+sleep, each at a gate of its own, until their call is settled or the lead is handed to them
+(`_lead.py`). Calls that nobody waits for (a future with a callback, say) are led for by the keeper
+(`_keeper.py`): `_ready` is nested in the keeper's epoll, and armed there by one epoll_ctl, which
+takes effect while the keeper is asleep and costs no wake-up.
 
 Who owns what
-    lock        the ledger, the send side of every channel, `_leader`, `_sleepers`, `_armed`
+    lock        the ledger, the send side of every channel, the lead's state
     the leader  the receive side of every channel
     nobody      runs user code, decodes a payload or writes a log line while holding either
 
@@ -20,9 +20,6 @@ The lock is held for microseconds and never while anything blocks. An exception 
 handler may strike the main thread anywhere in here. Then the waiter marks itself `gone` and kicks
 the keeper, which finishes what was begun (`mend`) and passes on the lead; both are straight code
 and one C call, between which no handler runs.
-
-It is one file, and a long one, because the hand-over of the lead can only be judged as a whole:
-every method here may be the other half of a race with any other.
 """
 
 from __future__ import annotations
@@ -35,6 +32,7 @@ from functools import partial
 
 from rankwise._calls import Call
 from rankwise._deadline import clock
+from rankwise._lead import Lead, Waiter
 from rankwise._ledger import Ledger
 from rankwise._sockets import IN, OUT, Sockets
 
@@ -51,18 +49,6 @@ NEVER = float("inf")
 TICK = 0.25  # seconds between the keeper's looks at open calls
 
 
-class Waiter:
-    """One thread in `wait`. `gone`: it was struck by an exception and will not lead."""
-
-    __slots__ = ("gate", "gone", "outer", "thread")
-
-    def __init__(self) -> None:
-        self.thread = threading.get_ident()
-        self.gone = False
-        self.outer: Waiter | None = None  # the lead of this thread that a handler has interrupted
-        self.gate: threading.Lock | None = None
-
-
 class Pump:
     """The call path of one group of processes. `spin`: seconds that a waiter polls."""
 
@@ -77,10 +63,6 @@ class Pump:
         self.served = 0  # how often a leader has polled and fed all that it found
         self.closed = False
         self.traffic = False  # something was submitted since the keeper's last look
-        self.ports: list[Port] = []  # event loops that await calls of this group
-        self._leader: Waiter | None = None
-        self._stranded = False  # the last leader was struck, and may have left bytes behind
-        self._sleepers: dict[Waiter, Call] = {}
         self._ready = self.sockets.ready
         self._leader_wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._ready.register(self._leader_wake, IN)
@@ -91,7 +73,7 @@ class Pump:
         self.outer = select.epoll()  # the keeper sleeps in this one
         self.outer.register(self._ready.fileno(), 0)
         self.outer.register(self.keeper_wake, IN)
-        self._armed = False
+        self.lead = Lead(self._arm_keeper, self._unled)
         self._broken_noted = False
         self.ready_fd = self._ready.fileno()
 
@@ -113,11 +95,12 @@ class Pump:
                 for call in calls:
                     for rank in call.ranks:
                         self.sockets.flush(rank)
-                leader = self._leader
-                if waiter is not None and leader is None:
-                    self._take_lead(waiter)
-                elif leader is None and not self._armed and not all(call.led for call in calls):
-                    self._arm(True)
+                lead = self.lead
+                if lead.leader is None:
+                    if waiter is not None:
+                        lead.take(waiter)
+                    elif not lead.armed and not all(call.led for call in calls):
+                        lead.arm(True)
                 self.traffic = True
                 if self.wake_at == NEVER:
                     self.wake_at = 0.0
@@ -164,22 +147,16 @@ class Pump:
             self.check_entry()
             me = Waiter()
         assert me is not None
+        lead = self.lead
         try:
             while not call.done:
-                if self._leader is not me:
+                if lead.leader is not me:
                     with self.lock:
                         if call.done:
                             break
-                        leader = self._current()
-                        if leader is None or leader.thread == me.thread:
-                            # Nobody leads; or this runs in a signal handler that interrupted its
-                            # own thread's lead, which cannot go on before it returns.
-                            self._stranded = self._stranded or leader is not None
-                            self._take_lead(me)
-                        else:
-                            self._sleep(me, call)
-                if self._leader is me:
-                    if not self._lead(me, call, until):
+                        lead.take_or_sleep(me, call)
+                if lead.leader is me:
+                    if not self._poll(me, call, until):
                         break
                 else:
                     assert me.gate is not None
@@ -187,9 +164,8 @@ class Pump:
                     if not me.gate.acquire(timeout=timeout) and not call.done:
                         break
             with self.lock:
-                self._sleepers.pop(me, None)
-                if self._leader is me:
-                    self._hand_on()
+                if lead.leave(me, call):
+                    self.see_to_deaths()
         except BaseException as error:
             me.gone = True
             self.kick()
@@ -197,122 +173,64 @@ class Pump:
                 raise  # else a handler of ours has closed the group under us
         return call.done
 
-    def _sleep(self, me: Waiter, call: Call) -> None:
-        if me.gate is None:
-            gate = threading.Lock()
-            gate.acquire()
-            me.gate = gate
-            if call.watchers is None:
-                call.watchers = []
-            call.watchers.append(gate.release)
-        self._sleepers[me] = call
+    def _unled(self) -> bool:
+        """Whether something is open that neither a waiter nor a loop would lead for."""
+        if any(not call.done and not call.led for call in self.ledger.open.values()):
+            return True
+        return any(channel.wants_out for channel in self.sockets.channels)
 
-    def _take_lead(self, me: Waiter) -> None:
-        if self._armed:
-            self._arm(False)
-        for port in self.ports:
-            port.arm(False)
-        outer = self._current()
-        if outer is not me:
-            me.outer = outer
-        self._leader = me
-
-    def _current(self) -> Waiter | None:
-        """The leader; where it is gone, the one of the same thread that it has interrupted."""
-        leader = self._leader
-        while leader is not None and leader.gone:
-            self._stranded = True
-            leader = leader.outer
-        return leader
-
-    def _arm(self, armed: bool) -> None:
+    def _arm_keeper(self, armed: bool) -> None:
         self.outer.modify(self.ready_fd, IN if armed else 0)
-        self._armed = armed
 
-    def _hand_on(self) -> None:
-        """Give the lead to a sleeper; where there is none, let the keeper watch what is open."""
-        if self._leader is not None:
-            self._leader = self._leader.outer
-        self._leader = self._current()
-        if self._leader is not None:
-            return  # it may be in the middle of receiving, and nobody else may begin
-        innermost = {waiter.thread: waiter for waiter in self._sleepers}
-        for waiter, call in list(self._sleepers.items()):
-            if innermost[waiter.thread] is not waiter:
-                continue  # a handler that waits too has interrupted it: it cannot lead now
-            del self._sleepers[waiter]
-            if not waiter.gone and not call.done:
-                self._leader = waiter
-                _open_gate(waiter)
-                return
-        self.rearm()
+    def see_to_deaths(self) -> None:
+        """The lead has ended: the keeper found somebody leading, who left without burying them."""
         if self.sockets.deaths:
-            self.kick()  # the keeper found somebody leading, who has left without burying them
-
-    def rearm(self) -> None:
-        """Nobody leads: let the keeper and the loops wake for what each of them leads for.
-
-        Bare acknowledgements of settled calls wake nobody: the keeper's next look fetches them.
-        """
-        for port in self.ports:
-            port.arm(True)
-        unled = any(not call.done and not call.led for call in self.ledger.open.values())
-        unled = unled or any(channel.wants_out for channel in self.sockets.channels)
-        if unled is not self._armed:
-            self._arm(unled)
-
-    def rearm_if_unled(self) -> None:
-        """Something has changed in what is open. With the lock held."""
-        if self._leader is None:
-            self.rearm()
+            self.kick()
 
     def led_by_loop(self, call: Call, led: bool) -> None:
         """An event loop leads for `call` from now on, or no longer. With the lock held."""
         call.led = led
-        self.rearm_if_unled()
-
-    def disarm(self) -> None:
-        """Somebody leads: the keeper need not wake for replies. The end of the lead rearms it."""
-        with self.lock:
-            if self._leader is not None and self._armed:
-                self._arm(False)
+        self.lead.rearm()
 
     def mend(self) -> None:
         """Do what a thread that was struck by an exception has left undone. The keeper's."""
         with self.lock:
             self.sockets.flush_all()
-            if self._current() is not self._leader or self._leader is None:
-                self._hand_on()
-        if self._stranded:
+            lead = self.lead
+            if (lead.leader is None or lead.current() is not lead.leader) and lead.hand_on():
+                self.see_to_deaths()
+        if lead.stranded:
             self.lead_once()
         self.tell()
 
     def lead_once(self) -> bool:
         """Take the lead where nobody has it, deal with what is there, and leave it. Never waits."""
         me = Waiter()
+        lead = self.lead
         try:
             with self.lock:
-                if self._current() is not None:
+                if lead.current() is not None:
                     return False
-                self._leader = me
-            if self._stranded:
+                lead.leader = me  # what is armed may stay so: nothing here waits
+            if lead.stranded:
                 self._recover()
             self._serve(self._ready.poll(0))
             with self.lock:
-                if self._leader is me:
-                    self._hand_on()
+                if lead.leader is me and lead.hand_on():
+                    self.see_to_deaths()
         except BaseException:
             me.gone = True
             self.kick()
             raise
         return True
 
-    def _lead(self, me: Waiter, call: Call, until: float | None) -> bool:
+    def _poll(self, me: Waiter, call: Call, until: float | None) -> bool:
         """Lead until `call` is settled or somebody else leads (True), or it is `until` (False)."""
         poll = self._ready.poll
+        lead = self.lead
         spin_until = 0.0
-        while not call.done and self._leader is me:
-            if self._stranded:
+        while not call.done and lead.leader is me:
+            if lead.stranded:
                 self._recover()
                 continue
             events = poll(0)
@@ -331,7 +249,7 @@ class Pump:
 
     def _recover(self) -> None:
         """The last leader was struck: first comes what it had taken off the sockets."""
-        self._stranded = False
+        self.lead.stranded = False
         self.sockets.pull_stranded()
 
     # -- receiving: the leader's --------------------------------------------------------------
@@ -396,37 +314,40 @@ class Pump:
 
     def rouse_leader(self) -> None:
         """Wake the leader, if there is one: its call may have been settled by somebody else."""
-        if self._leader is not None:
+        if self.lead.leader is not None:
             self._rouse()
 
     def port(self, loop: AbstractEventLoop) -> Port:
         """The port of the running event loop `loop`, made at its first await."""
-        for port in self.ports:
+        for port in self.lead.ports:
             if port.loop is loop:
                 return port
         from rankwise._port import Port  # asyncio: 30 ms, and its user has it already
 
         made = Port(self, loop)
         with self.lock:
-            self.ports = [port for port in self.ports if not port.loop.is_closed()] + [made]
+            ports = [port for port in self.lead.ports if not port.loop.is_closed()]
+            self.lead.ports = [*ports, made]
         return made
 
-    def close(self) -> None:
-        """Close every descriptor. Nobody waits any more, and the keeper has ended.
+    def retire(self) -> None:
+        """Every call is settled and the keeper has ended: wait until nobody leads, either, and
+        leave the event loops."""
+        self.closed = True
+        until = clock() + 5.0
+        while (leader := self.lead.leader) and leader.thread != threading.get_ident():
+            if clock() > until or leader.gone:
+                break
+            time.sleep(0.001)  # it was roused and has not had the interpreter's lock yet
+        for port in self.lead.ports:
+            port.close()
 
-        In a forked child (`inert`) no lock is taken, which another thread may have held, and no
-        epoll is changed, which the parent shares.
+    def close(self) -> None:
+        """Close every descriptor, after `retire`; or in a forked child, by close alone: no lock is
+        taken, which another thread may have held, and no epoll is changed, which the parent shares.
         """
         self.closed = True
         self.kick = self._rouse = _nothing
-        if self.inert is None:
-            until = clock() + 5.0
-            while (leader := self._leader) and leader.thread != threading.get_ident():
-                if clock() > until or leader.gone:
-                    break
-                time.sleep(0.001)  # it was roused and has not had the interpreter's lock yet
-            for port in self.ports:
-                port.close()
         self.sockets.close()
         self.outer.close()
         os.close(self._leader_wake)
@@ -435,11 +356,3 @@ class Pump:
 
 def _nothing() -> None:
     pass
-
-
-def _open_gate(waiter: Waiter) -> None:
-    if waiter.gate is not None:
-        try:
-            waiter.gate.release()
-        except RuntimeError:
-            pass

@@ -34,8 +34,13 @@ class Shielded(Generic[T]):
         """The value of the function, or raises what it raised. See `settle` for ^C."""
         if threading.current_thread() is not threading.main_thread():
             return self._function()
-        # One C call makes the thread and notes it, so `settle` knows whether there is one.
-        self._started.extend(map(_thread.start_new_thread, (self._run,), ((),)))
+        try:
+            # One C call makes the thread and notes it, so `settle` knows whether there is one.
+            self._started.extend(map(_thread.start_new_thread, (self._run,), ((),)))
+        except RuntimeError:
+            if self._started:
+                raise  # a handler's, after the thread was made
+            return self._function()  # an interpreter that exits makes no more threads
         with self._finished:
             pass
         if self._error is not None:

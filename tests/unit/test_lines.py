@@ -121,11 +121,25 @@ def test_one_dropped_line_is_told_in_the_singular() -> None:
     assert relay.notice().startswith(b"(g) 1 line was dropped")
 
 
-def test_inherit_passes_bytes_as_they_come() -> None:
+def test_inherit_passes_every_byte_by_whole_lines() -> None:
     raw = Raw()
-    assert raw.feed(b"\r 10%") == b"\r 10%"
+    assert [raw.feed(part) for part in (b"ba", b"re", b"\nnext")] == [b"", b"", b"bare\n"]
+    assert raw.feed(b" line\r\n") == b"next line\r\n"
     assert raw.end() == b""
-    assert Relay("g").offer(b"\r 10%") == [b"\r 10%"]
+
+
+def test_inherit_shows_a_progress_bar_at_each_carriage_return() -> None:
+    raw = Raw()
+    assert [raw.feed(b"\r 10%"), raw.feed(b"\r 20%")] == [b"\r", b" 10%\r"]
+    assert raw.end() == b" 20%"
+    assert Relay("g").offer(b" 20%") == [b" 20%"]
+
+
+def test_inherit_cuts_a_line_that_does_not_end() -> None:
+    raw = Raw()
+    assert raw.feed(b"x" * LONGEST_LINE) == b""
+    assert raw.feed(b"y") == b"x" * LONGEST_LINE + b"y"
+    assert raw.end() == b""
 
 
 def test_the_tail_is_the_last_64_kb_however_it_came() -> None:

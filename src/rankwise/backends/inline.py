@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     Frame = tuple[int, int, int, bytes]
 
+NOTICE = 0.2  # seconds that an idle rank's thread has, even at a kill, to see that it is over
+
 
 class QueueChannel:
     """What the worker's loop sees instead of a socket."""
@@ -71,6 +73,7 @@ class InlineEngine:
         self._on_failure = spec.on_failure
         self._closed = False
         self._abandoned = False
+        self._ending = False
         self._ended = False
         self._closing = threading.RLock()
         self._channels = [QueueChannel(self, rank) for rank in range(spec.world_size)]
@@ -232,7 +235,10 @@ class InlineEngine:
     def close(self, timeout: float | None, *, drop: bool = False) -> None:
         """See WorkerGroup.close. A thread cannot be killed: one that is stuck is left, a daemon."""
         until = deadline(timeout)
+        if self._callbacks.is_current() and self._ending:
+            return  # whoever closes waits for the callback thread, which so must not wait for it
         with self._closing:
+            self._ending = True
             if not self._ended:
                 self._close(until, drop)
 
@@ -248,6 +254,7 @@ class InlineEngine:
         self.barrier(drained)
         self.wait(drained, until)
         self._end()
+        until = until if until is None else max(until, clock() + NOTICE)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(left(until))

@@ -11,7 +11,7 @@ import re
 
 from rankwise import _procfs
 from rankwise._calls import Call, Closed
-from rankwise._pump import Waiter
+from rankwise._lead import Waiter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 def wait_news(engine: LocalEngine, happened: Callable[[], bool], until: float | None) -> bool:
     """Wait for something that the launcher says."""
-    return engine._wait_news(happened, until)
+    return engine.link.wait_for(happened, until)
 
 
 def is_gone(engine: LocalEngine) -> bool:
     """Whether the launcher has ended: no more reports will come."""
-    return engine._gone or engine._closed
+    return engine.link.gone or engine.ending.closed
 
 
 def is_over(engine: LocalEngine) -> bool:
@@ -73,10 +73,11 @@ def submit_call(engine: LocalEngine, call: Call, awaited: bool) -> Error | None:
         with pump.lock:
             if pump.ledger.queued(0):
                 call.led = False  # it is long, or there is a queue: the keeper has to push it out
-            if pump._leader is me:
-                pump._hand_on()
+            if pump.lead.leader is me:
+                if pump.lead.hand_on():
+                    pump.see_to_deaths()
             elif not call.led:
-                pump.rearm_if_unled()
+                pump.lead.rearm()
     except BaseException:
         me.gone = True  # it may be leading: the keeper takes the lead away from it
         pump.kick()
@@ -102,13 +103,13 @@ def show_original_prefix(engine: LocalEngine, name: str) -> None:
     start of a line is never the user's text.
     """
     shown = re.compile(rb"^((?:\x1b\[\d+m)?\(%b) rank=0 " % name.encode(), re.MULTILINE)
-    printer = engine._printer
+    printer = engine.link.printer
     put = printer.put
 
     def put_renamed(stream: int, data: bytes) -> None:
         renamed = shown.sub(rb"\1 ", data)
         put(stream, renamed)
         if len(renamed) < len(data):
-            engine._shown(len(data) - len(renamed))  # the launcher counts what it has sent
+            engine.link.shown(len(data) - len(renamed))  # the launcher counts what it has sent
 
     printer.put = put_renamed  # type: ignore[method-assign]

@@ -158,7 +158,7 @@ class WorkerProcess:
 
     def _signal(self, number: int) -> None:
         if self._open_sentinel(deadline(START_PATIENCE)) is None:
-            self._engine.finish()  # its launcher is stuck; whatever it has begun ends with it
+            self._engine.link.finish()  # its launcher is stuck; whatever it has begun ends with it
         elif self._pidfd is not None:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, number)
@@ -239,7 +239,7 @@ class WorkerProcess:
         if engine.refusal() is None:
             engine.refuse()
             done = Call("terminate", b"", ())
-            done.watchers = [engine.send_exits]
+            done.watchers = [engine.ending.send_exits]
             engine.barrier(done)
             engine.pump.tell()  # nobody else does where nothing was open
 

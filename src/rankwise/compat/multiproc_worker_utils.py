@@ -76,7 +76,7 @@ class ProcessWorkerWrapper:
     configuration that cannot travel.
     """
 
-    #: How a worker's output is shown: "prefix", "inherit" (as it comes: for JSON lines) or "off".
+    #: How a worker's output is shown: "prefix", "inherit" (lines as they are, JSON say) or "off".
     logs = "prefix"
 
     def __init__(

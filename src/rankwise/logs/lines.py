@@ -93,15 +93,32 @@ class Splitter:
 
 
 class Raw:
-    """Passes a stream on as it comes (mode "inherit")."""
+    """Passes a stream on byte for byte, by whole lines (mode "inherit").
 
-    __slots__ = ()
+    An unbuffered Python writes a line's text and its newline apart: what two ranks print at once
+    would otherwise end up within one line. A CR ends a line too, so a progress bar moves.
+    """
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held = bytearray()
 
     def feed(self, data: bytes) -> bytes:
-        return data
+        """The lines that end within `data`, with what was held of the first."""
+        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        lines = b""
+        if end:
+            lines = b"".join((self._held, data[:end]))
+            self._held.clear()
+        self._held += data[end:]
+        return lines if len(self._held) <= LONGEST_LINE else lines + self.end()
 
     def end(self) -> bytes:
-        return b""
+        """What is held, as it is: no newline is made up."""
+        held = bytes(self._held)
+        self._held.clear()
+        return held
 
 
 class Tail:

@@ -49,6 +49,8 @@ class Printer:
         self._done = 0
         self._written = 0  # bytes, also of what is not done yet
         self._closing = False
+        self._marked: list[None] = []  # the mark that ends the thread is in the queue
+        self._left = False  # nobody waits for the thread any more
         self._decoders = {
             stream: codecs.getincrementaldecoder("utf-8")("replace") for stream in (1, 2)
         }
@@ -98,12 +100,14 @@ class Printer:
         if os.getpid() != self._owner:
             return  # a forked child has no such thread, and the lock may have been held
         with self._change:
-            if not self._closing:
-                self._closing = True
+            self._closing = True
+            if not self._marked:
                 os.eventfd_write(self._wake, 1)  # first: behind the mark the thread closes it
-                self._queue.put(None)
-        if threading.current_thread() is not self._thread:
+                # One C call puts the mark and notes it, so a signal handler finds both or neither.
+                self._marked.extend(map(self._queue.put, (None,)))
+        if not self._left and threading.current_thread() is not self._thread:
             self._thread.join(_PATIENCE)
+        self._left = True
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:

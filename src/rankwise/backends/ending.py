@@ -1,0 +1,241 @@
+"""How a group of processes ends: closed, killed, or broken.
+
+    close    calls > barrier > Exit frames > ranks exit > Finish ==> Gone > keeper > descriptors
+    kill                                                  Finish ==> Gone > keeper > descriptors
+    broken   Exit frames > 0.3 s > SIGTERM > 1 s > Finish (SIGKILL) ==> Gone; the rest is a close
+
+Who ends what, in this order: the workers (by their own exit, or by the launcher), the launcher (by
+its own exit after Gone, or SIGKILL), the printer, the keeper's thread, the callback thread, the
+descriptors. A close walks that order whatever it finds already done; a broken group's keeper walks
+its first half by itself, in `step`.
+
+One thread at a time closes (`_closing`); whoever comes then, a shorter close, a kill or the
+interpreter's exit, only makes it hurry. ^C takes the waits from a close and nothing else.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+from rankwise import _lifetime
+from rankwise._calls import Call, Closed
+from rankwise._deadline import clock, deadline, left
+from rankwise._interrupts import is_interrupt
+from rankwise._messages import EXIT, Signal
+from rankwise._shielded import Shielded
+from rankwise.backends.link import PATIENCE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import ExitStack
+
+    from rankwise.backends.local import LocalEngine
+
+BROKEN_TERM = 0.3  # seconds that the ranks of a broken group have to exit by themselves
+TERM_GRACE = 1.0  # seconds between SIGTERM and SIGKILL
+STOPPED_LOOK = 1.0  # seconds between two looks at ranks that may be stopped
+LAST_ID = 1 << 62
+NEVER = float("inf")
+
+
+class Ending:
+    """The end of `engine`. `stack`: every descriptor of it, the last to go."""
+
+    def __init__(self, engine: LocalEngine, stack: ExitStack) -> None:
+        self._engine = engine
+        self._stack = stack
+        self.closed = False
+        self._closing = threading.RLock()
+        self._limit: float | None = None  # no end takes longer: a shorter close, a kill, the exit
+        self._term_at = 0.0  # of a broken group; 0: not begun
+        self._kill_at = 0.0
+
+    # -- of a broken group: the keeper's thread -----------------------------------------------
+
+    def step(self, now: float) -> float | None:
+        """Do what is due. Returns when something will be again, or None."""
+        engine = self._engine
+        pump = engine.pump
+        with pump.lock:
+            cause, closing = pump.ledger.broken, pump.ledger.closing
+        due = None
+        if self._limit is not None:
+            if now < self._limit:
+                due = self._limit
+            elif closing:
+                with pump.lock:
+                    pump.ledger.end_barriers()
+                pump.spread()
+        if cause is not None:
+            engine.report_failure(cause)
+        if cause is None or engine.link.gone or closing:
+            return due  # whoever closes does the ending
+        if not self._kill_at:
+            self._term_at = now + BROKEN_TERM
+            self._kill_at = self._term_at + TERM_GRACE
+            self.send_exits()
+            pump.spread()
+        alive = engine.ranks.alive()
+        if not alive or now >= self._kill_at:
+            engine.link.finish()
+            return None
+        if now >= self._term_at:
+            engine.link.send(Signal(alive, signal.SIGTERM))
+            self._term_at = NEVER
+        return min(self._term_at, self._kill_at)
+
+    def send_exits(self) -> None:
+        """Tell every rank to end in order, after what it was sent. Best effort."""
+        farewell = Call("exit", b"", (), kind=EXIT)
+        farewell.id = LAST_ID
+        pump = self._engine.pump
+        with pump.lock:
+            for channel in pump.sockets.channels:
+                channel.send_farewell(farewell)
+
+    # -- closing ------------------------------------------------------------------------------
+
+    def hurry(self, until: float | None) -> None:
+        """Whoever is closing already waits no longer than `until`."""
+        if until is None or self.closed:
+            return
+        with self._engine.link.news:
+            self._limit = until if self._limit is None else min(until, self._limit)
+            self._engine.link.news.notify_all()
+        self._engine.pump.kick()  # the keeper ends the calls then
+
+    def close(self, timeout: float | None, *, drop: bool) -> None:
+        """See WorkerGroup.close. `drop`: without the queued calls, and the cancel flags set."""
+        until = deadline(timeout)
+        self.hurry(until)
+        self._in_turn(lambda: self._close(until, drop))
+
+    def kill(self) -> None:
+        """End everything at once."""
+        self.hurry(clock())
+        self._in_turn(self._end_firmly)
+
+    def _in_turn(self, end: Callable[[], BaseException | None]) -> None:
+        """Do `end` unless it is done, one thread at a time, and raise what it returns."""
+        interrupted = None
+        if not self._engine.callbacks.is_current():
+            with self._closing:
+                interrupted = end()
+        elif self._closing.acquire(blocking=False):
+            # Else another thread closes, and it waits for the callback thread: this one.
+            try:
+                interrupted = end()
+            finally:
+                self._closing.release()
+        if interrupted is not None:
+            raise interrupted
+
+    def _close(self, until: float | None, drop: bool) -> BaseException | None:
+        interrupted: BaseException | None = None
+        if not self.closed:
+            try:
+                self._end_calls(until, drop)
+                self._end_ranks(until)
+            except BaseException as error:  # ^C: no more waiting, and raised when all is done
+                interrupted = error
+        return self._end_firmly() or interrupted
+
+    def _end_calls(self, until: float | None, drop: bool) -> None:
+        engine = self._engine
+        pump = engine.pump
+        with pump.lock:
+            pump.ledger.closing = True
+            if drop:
+                pump.ledger.drop_queued(Closed())
+            open_calls = list(pump.ledger.open.values())
+        if drop:
+            for call in open_calls:
+                engine.ranks.cancel(call)
+        pump.tell()
+        drained = Call("close", b"", ())
+        engine.barrier(drained)
+        pump.wait(drained, until)
+
+    def _end_ranks(self, until: float | None) -> None:
+        engine = self._engine
+        self.send_exits()
+        if engine.pump.ledger.broken is not None:
+            soon = clock() + BROKEN_TERM
+            until = soon if until is None else min(until, soon)
+        if self._wait_exits(until):
+            return
+        engine.break_group(Closed())
+        engine.pump.tell()
+        engine.link.send(Signal(engine.ranks.alive(), signal.SIGTERM))
+        engine.link.wait_for(self._all_exited, deadline(TERM_GRACE))
+
+    def _wait_exits(self, until: float | None) -> bool:
+        """Wait for the ranks' own exit. False: it is `until`, or they will not exit."""
+        link = self._engine.link
+        hopeless = 0
+        look = clock() + STOPPED_LOOK
+        with link.news:
+            while not self._all_exited():
+                limits = [limit for limit in (until, self._limit) if limit is not None]
+                if clock() >= min(limits, default=NEVER) or hopeless >= 2:
+                    return False
+                link.news.wait(left(min([look, *limits])))
+                if clock() >= look:
+                    look = clock() + STOPPED_LOOK
+                    hopeless = hopeless + 1 if self._stuck() else 0
+        return True
+
+    def _stuck(self) -> bool:
+        """Whether every rank that is left is stopped, or has ended unreported (by a launcher that
+        is stopped): none of them will exit by itself, and no limit may have been given."""
+        ranks = self._engine.ranks
+        return all(ranks.state(rank)[0] in ("stopped", "dead") for rank in ranks.alive())
+
+    def _all_exited(self) -> bool:
+        engine = self._engine
+        return engine.link.gone or len(engine.ranks.reports) == engine.world_size
+
+    def _end_firmly(self) -> BaseException | None:
+        """End what is left, however often a signal handler strikes. Returns what it raised last."""
+        interrupted: BaseException | None = None
+        while not self.closed:
+            rest = Shielded(self._end_rest)
+            try:
+                self._end_launcher()
+                rest.run()
+            except BaseException as error:
+                rest.settle()
+                if not is_interrupt(error):
+                    raise
+                interrupted = error
+        return interrupted
+
+    def _end_launcher(self) -> None:
+        """End all that runs. Every step of it may be done twice."""
+        engine = self._engine
+        with engine.pump.lock:
+            engine.pump.ledger.closing = True
+            cause = engine.pump.ledger.broken
+        if cause is not None:
+            engine.report_failure(cause)
+        engine.break_group(Closed())
+        engine.pump.spread()
+        engine.link.end()
+        engine.link.printer.drain(PATIENCE)  # since it last got on
+        engine.link.printer.close()
+        engine.keeper.stop()
+        engine.pump.retire()
+        engine.callbacks.close()
+
+    def _end_rest(self) -> None:
+        """Close what is left, descriptors all: nothing waits here."""
+        self.closed = True
+        _lifetime.disown(self._engine)
+        self._stack.close()
+
+    def become_inert(self) -> None:
+        """This is a forked child's copy: close its descriptors."""
+        self.closed = True
+        self._stack.close()

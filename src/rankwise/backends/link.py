@@ -1,0 +1,215 @@
+"""The driver's end of a group's launcher: what it says, what it is told, and how it ends.
+
+    launcher ==Spawned, Output, Exited, Gone=> hear > pids, printer, Pump.deaths, news
+    send > keeper's flush ==Signal, Finish, Shown=> launcher
+    Finish ==> SIGKILL to what is left, Gone ==> the launcher exits by itself, or is killed here
+
+The control channel belongs to the keeper's thread: `hear`, `flush` and what they call run there;
+`send`, `wait_for` and `end` are for any thread. `news` is notified after every message.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from contextlib import suppress
+
+from rankwise import _procfs
+from rankwise._calls import Garbled
+from rankwise._deadline import clock, deadline, left
+from rankwise._lifetime import wait_readable
+from rankwise._messages import (
+    Exited,
+    Finish,
+    Gone,
+    Output,
+    Preloaded,
+    Shown,
+    Spawned,
+    SpawnFailed,
+)
+from rankwise.errors import describe_exit
+from rankwise.logs.show import Printer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rankwise.backends.launching import Started
+    from rankwise.backends.local import LocalEngine
+
+PATIENCE = 1.0  # seconds; a launcher that does not answer for so long is stopped, or gone
+
+
+class LauncherLink:
+    """One launcher, as its driver sees it. Its end is `end`, after which nothing of it is left."""
+
+    def __init__(self, engine: LocalEngine, started: Started) -> None:
+        self._engine = engine
+        self._control = started.control
+        self._launcher = started.launcher
+        self.control_fd = started.control.fileno()
+        self.launcher_pidfd = started.launcher_pidfd
+        self.gone = False  # no rank is left, and none will be started
+        self.news = threading.Condition()
+        self.printer = Printer(engine.name, self.shown)
+        self._heard = 0.0  # when the launcher last said something
+        self._finishing = False
+        self._outbox: list[object] = []
+        self._outer = engine.pump.outer
+        self._outer.register(self.control_fd, 1)
+        self._outer.register(self.launcher_pidfd, 1)
+
+    # -- what it says: the keeper's thread ----------------------------------------------------
+
+    def hear(self) -> None:
+        """Deal with what the launcher has said, or with its end."""
+        try:
+            messages = self._control.receive()
+        except (EOFError, ValueError, OSError) as error:
+            self._lost(error)
+            return
+        self._heard = clock()
+        engine = self._engine
+        ranks = engine.ranks
+        for message in messages:
+            match message:
+                case Spawned(rank, pid, starttime):
+                    ranks.pids[rank] = pid
+                    ranks.starttimes[rank] = starttime
+                case Output(stream, data):
+                    self.printer.put(stream, data)
+                case Exited():
+                    ranks.reports[message.rank] = message
+                    engine.pump.sockets.deaths[message.rank] = message
+                case SpawnFailed(rank, reason):
+                    engine.break_group(Garbled(rank, f"could not be started: {reason}"))
+                case Preloaded(seconds, refused):
+                    self._preloaded(seconds, refused)
+                case Gone(left):
+                    if left:
+                        engine.log(logging.ERROR, "%s: the kernel keeps %s", engine.name, left)
+                    self._stop_hearing()
+                    self.gone = True
+        self._tell()
+
+    def _preloaded(self, seconds: float, refused: str | None) -> None:
+        engine = self._engine
+        if refused is None:
+            engine.log(
+                logging.INFO, "%s: the launcher has preloaded in %.2f s", engine.name, seconds
+            )
+        else:
+            engine.log(
+                logging.WARNING, "%s: the ranks are spawned, not forked: %s", engine.name, refused
+            )
+
+    def _lost(self, reason: Exception) -> None:
+        """The launcher has ended before it said Gone: the ranks have a SIGKILL from the kernel."""
+        self._stop_hearing()
+        orphans = self._kill_ranks()
+        if not self._finishing:
+            # Its descriptors close before it ends.
+            wait_readable(self.launcher_pidfd, 0.1)
+            self._launcher.poll()
+            ended = describe_exit(self._launcher.returncode)
+            cause = f"process {self._launcher.pid} {ended} ({reason})"
+            self._engine.break_group(Garbled(-1, cause))
+            self._engine.pump.spread()
+        _await_ends(orphans)
+        self.gone = True
+        self._tell()
+
+    def _stop_hearing(self) -> None:
+        self._outer.unregister(self.control_fd)
+        self._outer.unregister(self.launcher_pidfd)
+
+    def _tell(self) -> None:
+        with self.news:
+            self.news.notify_all()
+
+    # -- what it is told ----------------------------------------------------------------------
+
+    def send(self, message: object) -> None:
+        """Have the keeper send `message`."""
+        self._outbox.append(message)
+        self._engine.pump.kick()
+
+    def flush(self) -> None:
+        """Send what is to be sent, as far as the channel takes it. The keeper's."""
+        while self._outbox:
+            self._control.send(self._outbox.pop(0))
+        if not self._control.flush():
+            self._outer.modify(self.control_fd, 1 | 4)
+        elif not self.gone:
+            self._outer.modify(self.control_fd, 1)
+
+    def shown(self, nbytes: int) -> None:
+        """So many bytes of output are shown: the launcher may send more. From any thread."""
+        if not self._engine.ending.closed:
+            self.send(Shown(nbytes))
+
+    def finish(self) -> None:
+        """Have the launcher SIGKILL what is left, report and go. Again it does nothing."""
+        if not self._finishing:
+            self._finishing = True
+            self.send(Finish())
+
+    # -- its end ------------------------------------------------------------------------------
+
+    def wait_for(self, happened: Callable[[], bool], until: float | None) -> bool:
+        """Wait until `happened()`, which is asked after every message, or the clock is `until`."""
+        with self.news:
+            return self.news.wait_for(happened, left(until))
+
+    def end(self) -> None:
+        """Have the ranks and the launcher gone and reaped, by its own exit or by SIGKILL.
+
+        What strikes it leaves it to be called again.
+        """
+        self.finish()
+        self._heard = clock()
+        while not self.gone and clock() < self._heard + PATIENCE:
+            # It says Dying while the kernel still frees a rank's memory, some 30 ms a GB.
+            self.wait_for(lambda: self.gone, self._heard + PATIENCE)
+        if not self.gone:
+            self._kill()
+            self.wait_for(lambda: self.gone, deadline(PATIENCE))
+        if not wait_readable(self.launcher_pidfd, PATIENCE):
+            self._kill()
+        self._launcher.wait()
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.launcher_pidfd, signal.SIGKILL)
+        _await_ends(self._kill_ranks())
+
+    def _kill_ranks(self) -> list[int]:
+        """SIGKILL each rank's process group ourselves: the launcher cannot any more.
+
+        Returns a pidfd of each rank that still ends.
+        """
+        orphans = []
+        ranks = self._engine.ranks
+        for rank, pid in list(ranks.pids.items()):
+            process = _procfs.stat(pid)
+            if process is not None and process.starttime != ranks.starttimes[rank]:
+                continue  # the number has gone to somebody else
+            with suppress(ProcessLookupError, PermissionError):
+                orphans.append(os.pidfd_open(pid))
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
+        return orphans
+
+    def become_inert(self) -> None:
+        """This is a forked child's copy, whose destructor would warn of a child not waited for."""
+        self._launcher.returncode = 0
+
+
+def _await_ends(pidfds: list[int]) -> None:
+    """Wait for processes that nobody of ours can reap, and that may be watched; close `pidfds`."""
+    for pidfd in pidfds:
+        wait_readable(pidfd, PATIENCE)
+        os.close(pidfd)
