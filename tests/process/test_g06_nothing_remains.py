@@ -178,6 +178,27 @@ def test_a_stopped_launcher_does_not_hold_up_the_end(state):
         assert watch.left(0.5) == []
 
 
+def test_close_without_a_limit_does_not_wait_for_the_exit_of_a_stopped_rank(state):
+    group = WorkerGroup(Worker, 2, logs="off")
+    with Watch(group.pids) as watch:
+        os.kill(group.pids[1], signal.SIGSTOP)
+        began = time.monotonic()
+        group.close(None)
+        assert time.monotonic() - began < 6
+        assert watch.left(0) == []
+
+
+def test_close_without_a_limit_does_not_wait_for_a_stopped_launcher(state):
+    group = WorkerGroup(Worker, 2, logs="off")
+    pids = all_pids(group)
+    with Watch(pids) as watch:
+        os.kill(next(pid for pid in pids if pid not in group.pids), signal.SIGSTOP)
+        began = time.monotonic()
+        group.close(None)
+        assert time.monotonic() - began < 8
+        assert watch.left(0.5) == []
+
+
 def test_a_worker_that_ignores_sigterm_is_gone_at_the_limit(state):
     group = WorkerGroup(Worker, 2, logs="off")
     group.call(lambda worker: signal.signal(signal.SIGTERM, signal.SIG_IGN) and None)
@@ -237,6 +258,61 @@ def test_close_by_a_callback(state):
 
     group.submit("echo", 1).add_done_callback(close)
     assert closed.wait(5), "close() inside a callback hangs"
+
+
+def test_close_by_a_callback_while_another_thread_closes_holds_nobody_up(state, tmp_path):
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    group = WorkerGroup(Worker, 1)
+    group.submit("hold", path).add_done_callback(lambda future: group.close())
+    closing = in_thread(lambda: group.close(None))
+    until(lambda: not group.healthy)
+    began = time.monotonic()
+    with open(path, "wb") as file:
+        file.write(b"held")
+    closing.value(10)
+    assert time.monotonic() - began < 2
+
+
+STRUCK = """
+class Worker:
+    def echo(self): return 1
+import random
+def handler(*args): raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, handler)
+chance = random.Random(int(sys.argv[1]))
+def state():
+    children = open(f"/proc/self/task/{os.getpid()}/children").read().split()
+    threads = sorted(t.name for t in threading.enumerate() if t.name != "MainThread")
+    return [children, threads, len(os.listdir("/proc/self/fd"))]
+WorkerGroup(Worker, 1, start_method="forkserver").close()
+before = state()
+struck = 0
+for round in range(25):
+    group = WorkerGroup(Worker, 2, start_method="forkserver")
+    group.submit("echo").add_done_callback(lambda future: None)
+    try:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 1.2e-2), 5e-4)
+            group.kill() if round % 3 else group.close()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except KeyboardInterrupt:
+        struck += 1
+    group.close()
+    del group
+    if state() != before: break
+say(before=before, after=state(), struck=struck)
+"""
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_an_end_that_is_struck_between_any_two_steps_leaves_nothing(seed):
+    """By a handler that raises, every half a millisecond from some moment on."""
+    with Script(STRUCK, str(seed)) as script:
+        said = script.line(60)
+        assert said["after"] == said["before"]
+        assert said["struck"] > 3
 
 
 def test_open_futures_get_group_closed(state, tmp_path):
