@@ -6,6 +6,8 @@ import logging
 import threading
 from queue import SimpleQueue
 
+from rankwise._background import Background
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,19 +22,19 @@ class Callbacks:
         self._name = f"rankwise-{name}-callbacks"
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._thread: Background | None = None
         self._closed = False
 
     def ensure(self) -> None:
         """Have the thread running: called when somebody asks for a callback, never at the end."""
         with self._lock:
             if self._thread is None and not self._closed:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._thread = Background(self._run, self._name)
                 self._thread.start()
 
     def is_current(self) -> bool:
         """Whether this very thread is the callback thread."""
-        return threading.current_thread() is self._thread
+        return self._thread is not None and self._thread.is_current()
 
     def put(self, job: Callable[[], object]) -> None:
         self._jobs.put(job)
@@ -54,5 +56,5 @@ class Callbacks:
             self._closed = True
             thread = self._thread
         self._jobs.put(None)
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None:
             thread.join(timeout)

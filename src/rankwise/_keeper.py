@@ -19,6 +19,7 @@ import os
 import threading
 from functools import partial
 
+from rankwise._background import Background
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
 from rankwise._pump import NEVER, TICK
@@ -44,17 +45,16 @@ class Keeper:
         self._looked_at = 0.0
         # rank -> the call that it owed while idle, and what the pump had served at the first look
         self._suspects: dict[int, tuple[int, int]] = {}
-        self.thread = threading.Thread(target=self._run, name=f"rankwise-{name}-io", daemon=True)
+        self._thread = Background(self._run, f"rankwise-{name}-io")
 
     def start(self) -> None:
-        self.thread.start()
+        self._thread.start()
 
     def stop(self) -> None:
         """End the thread and wait for it. Not from the thread itself."""
         self._ending = True
         self._pump.kick()
-        if threading.current_thread() is not self.thread:
-            self.thread.join()
+        self._thread.join()
 
     def _run(self) -> None:
         pump = self._pump
@@ -68,7 +68,7 @@ class Keeper:
                 self._give_up(error)
             if self.abandoned:
                 self.abandoned = False
-                threading.Thread(target=self._engine.kill, name=self.thread.name + "-end").start()
+                threading.Thread(target=self._engine.kill, name=self._thread.name + "-end").start()
 
     def _give_up(self, error: Exception) -> None:
         """Nobody may wait for a keeper that failed: the group breaks, and says why."""

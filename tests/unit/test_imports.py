@@ -51,7 +51,7 @@ LAYERS = (
     ("what a group is", "_spec"),
     (
         "the ground", "_checks", "_procfs", "_rankinfo", "_status", "_messages", "_deadline",
-        "_interrupts", "errors", "wire", "logs",
+        "_background", "_interrupts", "errors", "wire", "logs",
     ),
 )  # fmt: skip
 

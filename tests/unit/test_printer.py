@@ -124,7 +124,7 @@ def test_a_kernel_that_cannot_be_asked_not_to_wait(
         printer[0].put(1, data)
         assert not printer[0].drain(0)
         printer[0].close()
-        assert not printer[0]._thread.is_alive()
+        assert not printer[0]._thread._thread.is_alive()
     os.close(read_end)
     os.close(write_end)
 
@@ -139,7 +139,7 @@ def test_put_never_waits_for_a_reader_that_sleeps_and_close_ends_the_thread(
         assert not printer[0].drain(0.01)
         assert printer[1].nbytes < 100 * 65_536
         printer[0].close()
-    assert not printer[0]._thread.is_alive()
+    assert not printer[0]._thread._thread.is_alive()
     printer[0].put(1, b"too late")
     printer[0].close()
     os.close(read_end)
@@ -230,7 +230,7 @@ def test_in_a_forked_child_close_touches_nothing(printer: Shown) -> None:
             printer[0].close()
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert printer[0]._thread.is_alive()
+    assert printer[0]._thread._thread.is_alive()
 
 
 @pytest.mark.parametrize("close", ["close", "leave"])
@@ -265,7 +265,7 @@ def test_the_thread_is_named_for_the_group_and_leaves_no_descriptor() -> None:
     before = os.listdir("/proc/self/fd")
     printer = Printer("shards", Acknowledged())
     assert printer._thread.name == "rankwise-shards-logs"
-    assert printer._thread.daemon
+    assert printer._thread._thread.daemon
     printer.close()
     assert os.listdir("/proc/self/fd") == before
 

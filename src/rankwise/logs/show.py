@@ -25,6 +25,8 @@ import sys
 import threading
 from _queue import SimpleQueue
 
+from rankwise._background import Background
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +60,7 @@ class Printer:
         self._owner = os.getpid()
         # Started here and not when it is needed: an interpreter that exits starts no thread. A
         # daemon, since what it waits for may never come.
-        self._thread = threading.Thread(target=self._run, name=f"rankwise-{name}-logs", daemon=True)
+        self._thread = Background(self._run, f"rankwise-{name}-logs")
         try:
             self._thread.start()
         except BaseException:
@@ -105,7 +107,7 @@ class Printer:
                 os.eventfd_write(self._wake, 1)  # first: behind the mark the thread closes it
                 # One C call puts the mark and notes it, so a signal handler finds both or neither.
                 self._marked.extend(map(self._queue.put, (None,)))
-        if not self._left and threading.current_thread() is not self._thread:
+        if not self._left:
             self._thread.join(_PATIENCE)
         self._left = True
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from rankwise._calls import Call
 
 HEADER_SIZE: Final = HEADER.size
-RECEIVE_SIZE: Final = 256 << 10
+# Well below the 128 KB from which malloc maps and unmaps each buffer: that would cost 12 us.
+RECEIVE_SIZE: Final = 64 << 10
 # Below this a header and its body are joined: one copy is cheaper than a second system call.
 JOIN_SIZE: Final = 64 << 10
 SEQUENCE_MASK: Final = 0xFFFFFFFF
