@@ -1,22 +1,62 @@
-"""A daemon thread whose end a main thread may wait for, though signal handlers strike it there."""
+"""Waiting for other threads of ours where a signal handler may strike: `Bell`, `Background`.
+
+`threading` has Condition, Event and Thread.join for this, and none of them stands an exception out
+of a signal handler in the middle: a Condition may lose its lock, and a struck `join` of CPython
+3.11 and 3.12 takes a running thread for ended (bpo-45274). One lock a wait, thrown away after it,
+does.
+"""
 
 from __future__ import annotations
 
 import threading
+
+from rankwise._deadline import left
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+class Bell:
+    """Wakes who waits for something to happen. What happens is the caller's to store first."""
+
+    def __init__(self) -> None:
+        self._gates: list[threading.Lock] = []
+
+    def ring(self) -> None:
+        """Have everybody who waits look again. From any thread; never waits."""
+        for gate in tuple(self._gates):
+            try:
+                gate.release()
+            except RuntimeError:
+                pass  # it is open: he is about to look
+
+    def wait_for(self, happened: Callable[[], bool], until: float | None) -> bool:
+        """Wait until `happened()` is true (True) or the clock reads `until` (False)."""
+        gate = threading.Lock()
+        gate.acquire()
+        try:
+            self._gates.append(gate)
+            while not happened():
+                timeout = left(until)
+                if timeout == 0.0:
+                    return False
+                gate.acquire(timeout=-1 if timeout is None else timeout)
+            return True
+        finally:
+            if gate in self._gates:
+                self._gates.remove(gate)
+
+
 class Background:
     """Runs `run` in a daemon thread called `name`, from `start` on."""
 
     def __init__(self, run: Callable[[], object], name: str) -> None:
-        self._run_it = run
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.name = name
+        self._run_it = run
+        self._ended = False
+        self._bell = Bell()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -25,17 +65,14 @@ class Background:
         try:
             self._run_it()
         finally:
-            self._ended.set()
+            self._ended = True
+            self._bell.ring()
 
     def is_current(self) -> bool:
         """Whether this very thread is it."""
         return threading.get_ident() == self._thread.ident
 
-    def join(self, timeout: float | None = None) -> bool:
-        """Wait until it has ended; not from the thread itself. False after `timeout` seconds."""
-        # Not Thread.join alone: struck in the middle of it, CPython 3.11 and 3.12 hold the thread
-        # for ended (bpo-45274), and we would close descriptors that it is using.
-        if self.is_current() or not self._ended.wait(timeout):
-            return False
-        self._thread.join()
-        return True
+    def join(self, until: float | None = None) -> None:
+        """Wait until it has ended, or the clock reads `until`; not at all in the thread itself."""
+        if not self.is_current() and self._bell.wait_for(lambda: self._ended, until):
+            self._thread.join()  # a few instructions from its end

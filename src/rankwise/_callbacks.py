@@ -7,6 +7,7 @@ import threading
 from queue import SimpleQueue
 
 from rankwise._background import Background
+from rankwise._deadline import deadline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,4 +58,4 @@ class Callbacks:
             thread = self._thread
         self._jobs.put(None)
         if thread is not None:
-            thread.join(timeout)
+            thread.join(deadline(timeout))

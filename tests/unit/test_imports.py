@@ -37,7 +37,7 @@ LAYERS = (
     ("its lead, loops and sockets", "_lead", "_port", "_sockets"),
     ("futures and the ledger", "_future", "_ledger", "_ranks"),
     ("answers", "_answers", "_options", "_engine"),
-    ("calls", "_calls", "_shielded"),
+    ("calls", "_background", "_calls", "_shielded"),
     ("the launcher", "_launcher"),
     ("its parts", "_preload", "_reaper", "_log_pipes"),
     ("making a process", "_spawn"),
@@ -51,7 +51,7 @@ LAYERS = (
     ("what a group is", "_spec"),
     (
         "the ground", "_checks", "_procfs", "_rankinfo", "_status", "_messages", "_deadline",
-        "_background", "_interrupts", "errors", "wire", "logs",
+        "_interrupts", "errors", "wire", "logs",
     ),
 )  # fmt: skip
 

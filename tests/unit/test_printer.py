@@ -224,7 +224,7 @@ def test_a_stdout_that_is_broken_does_not_stop_what_follows(
 
 
 def test_in_a_forked_child_close_touches_nothing(printer: Shown) -> None:
-    with printer[0]._change:  # another thread of the parent may hold it at that moment
+    with printer[0]._order:  # another thread of the parent may hold it at that moment
         pid = os.fork()
         if not pid:
             printer[0].close()

@@ -20,7 +20,7 @@ import threading
 
 from rankwise import _lifetime
 from rankwise._calls import Call, Closed
-from rankwise._deadline import clock, deadline, left
+from rankwise._deadline import clock, deadline
 from rankwise._interrupts import is_interrupt
 from rankwise._messages import EXIT, Signal
 from rankwise._shielded import Shielded
@@ -101,9 +101,8 @@ class Ending:
         """Whoever is closing already waits no longer than `until`."""
         if until is None or self.closed:
             return
-        with self._engine.link.news:
-            self._limit = until if self._limit is None else min(until, self._limit)
-            self._engine.link.news.notify_all()
+        self._limit = until if self._limit is None else min(until, self._limit)
+        self._engine.link.news.ring()
         self._engine.pump.kick()  # the keeper ends the calls then
 
     def close(self, timeout: float | None, *, drop: bool) -> None:
@@ -173,18 +172,20 @@ class Ending:
 
     def _wait_exits(self, until: float | None) -> bool:
         """Wait for the ranks' own exit. False: it is `until`, or they will not exit."""
-        link = self._engine.link
         hopeless = 0
         look = clock() + STOPPED_LOOK
-        with link.news:
-            while not self._all_exited():
-                limits = [limit for limit in (until, self._limit) if limit is not None]
-                if clock() >= min(limits, default=NEVER) or hopeless >= 2:
-                    return False
-                link.news.wait(left(min([look, *limits])))
-                if clock() >= look:
-                    look = clock() + STOPPED_LOOK
-                    hopeless = hopeless + 1 if self._stuck() else 0
+        while not self._all_exited():
+            limit = self._limit
+            ends = [end for end in (until, limit) if end is not None]
+            if clock() >= min(ends, default=NEVER) or hopeless >= 2:
+                return False
+            self._engine.link.wait_for(
+                lambda limit=limit: self._all_exited() or self._limit != limit,  # type: ignore[misc]
+                min([look, *ends]),
+            )
+            if clock() >= look:
+                look = clock() + STOPPED_LOOK
+                hopeless = hopeless + 1 if self._stuck() else 0
         return True
 
     def _stuck(self) -> bool:

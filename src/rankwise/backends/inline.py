@@ -14,6 +14,7 @@ from queue import SimpleQueue
 
 from rankwise import _context, _lifetime
 from rankwise._answers import broken
+from rankwise._background import Bell
 from rankwise._callbacks import Callbacks
 from rankwise._calls import Call, Closed, Error
 from rankwise._deadline import clock, deadline, left
@@ -156,12 +157,14 @@ class InlineEngine:
             self._ledger.barrier(call)
 
     def wait(self, call: Call, until: float | None) -> bool:
-        gate = threading.Event()
+        bell = Bell()
         with self._lock:
             if call.done:
                 return True
-            call.watchers = [*(call.watchers or ()), gate.set]
-        gate.wait(left(until))
+            call.watchers = [*(call.watchers or ()), bell.ring]
+        if not bell.wait_for(lambda: call.done, until):
+            with self._lock:
+                call.watchers.remove(bell.ring)  # who polls a future leaves nothing in it
         return call.done
 
     def await_call(self, call: Call, loop: AbstractEventLoop) -> Generator[object, None, None]:

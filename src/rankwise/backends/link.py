@@ -5,7 +5,7 @@
     Finish ==> SIGKILL to what is left, Gone ==> the launcher exits by itself, or is killed here
 
 The control channel belongs to the keeper's thread: `hear`, `flush` and what they call run there;
-`send`, `wait_for` and `end` are for any thread. `news` is notified after every message.
+`send`, `wait_for` and `end` are for any thread. `news` rings after every message.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 from contextlib import suppress
 
 from rankwise import _procfs
+from rankwise._background import Bell
 from rankwise._calls import Garbled
-from rankwise._deadline import clock, deadline, left
+from rankwise._deadline import clock, deadline
 from rankwise._lifetime import wait_readable
 from rankwise._messages import (
     Exited,
@@ -53,7 +53,7 @@ class LauncherLink:
         self.control_fd = started.control.fileno()
         self.launcher_pidfd = started.launcher_pidfd
         self.gone = False  # no rank is left, and none will be started
-        self.news = threading.Condition()
+        self.news = Bell()
         self.printer = Printer(engine.name, self.shown)
         self._heard = 0.0  # when the launcher last said something
         self._finishing = False
@@ -93,7 +93,7 @@ class LauncherLink:
                         engine.log(logging.ERROR, "%s: the kernel keeps %s", engine.name, left)
                     self._stop_hearing()
                     self.gone = True
-        self._tell()
+        self.news.ring()
 
     def _preloaded(self, seconds: float, refused: str | None) -> None:
         engine = self._engine
@@ -120,15 +120,11 @@ class LauncherLink:
             self._engine.pump.spread()
         _await_ends(orphans)
         self.gone = True
-        self._tell()
+        self.news.ring()
 
     def _stop_hearing(self) -> None:
         self._outer.unregister(self.control_fd)
         self._outer.unregister(self.launcher_pidfd)
-
-    def _tell(self) -> None:
-        with self.news:
-            self.news.notify_all()
 
     # -- what it is told ----------------------------------------------------------------------
 
@@ -161,8 +157,7 @@ class LauncherLink:
 
     def wait_for(self, happened: Callable[[], bool], until: float | None) -> bool:
         """Wait until `happened()`, which is asked after every message, or the clock is `until`."""
-        with self.news:
-            return self.news.wait_for(happened, left(until))
+        return self.news.wait_for(happened, until)
 
     def end(self) -> None:
         """Have the ranks and the launcher gone and reaped, by its own exit or by SIGKILL.

@@ -25,7 +25,8 @@ import sys
 import threading
 from _queue import SimpleQueue
 
-from rankwise._background import Background
+from rankwise._background import Background, Bell
+from rankwise._deadline import deadline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class Printer:
     def __init__(self, name: str, shown: Callable[[int], None]) -> None:
         self._shown = shown
         self._queue: SimpleQueue[tuple[int, bytes] | None] = SimpleQueue()
-        self._change = threading.Condition(threading.Lock())
+        self._order = threading.Lock()  # of what is put, and the mark behind it
+        self._change = Bell()  # something was written
         self._put = 0
         self._done = 0
         self._written = 0  # bytes, also of what is not done yet
@@ -69,7 +71,7 @@ class Printer:
 
     def put(self, stream: int, data: bytes) -> None:
         """Show `data` on stream 1 or 2. Never blocks; after close() it is thrown away."""
-        with self._change:
+        with self._order:
             if self._closing:
                 return
             self._put += len(data)
@@ -81,17 +83,16 @@ class Printer:
 
         A reader that is slow but reads is waited for: what was printed is not ours to throw away.
         """
-        with self._change:
-            target = self._put
-            while self._done < target:
-                before = self._written
-                got_on = self._change.wait_for(
-                    lambda: self._done >= target or self._written > before,  # noqa: B023
-                    patience,
-                )
-                if not got_on:
-                    return False
-            return True
+        target = self._put
+        while self._done < target:
+            before = self._written
+            got_on = self._change.wait_for(
+                lambda: self._done >= target or self._written > before,  # noqa: B023
+                deadline(patience),
+            )
+            if not got_on:
+                return False
+        return True
 
     def close(self) -> None:
         """End the thread. What was put is still written as far as it can be without waiting.
@@ -101,14 +102,14 @@ class Printer:
         """
         if os.getpid() != self._owner:
             return  # a forked child has no such thread, and the lock may have been held
-        with self._change:
+        with self._order:
             self._closing = True
             if not self._marked:
                 os.eventfd_write(self._wake, 1)  # first: behind the mark the thread closes it
                 # One C call puts the mark and notes it, so a signal handler finds both or neither.
                 self._marked.extend(map(self._queue.put, (None,)))
         if not self._left:
-            self._thread.join(_PATIENCE)
+            self._thread.join(deadline(_PATIENCE))
         self._left = True
 
     def _run(self) -> None:
@@ -118,9 +119,8 @@ class Printer:
             # say so, and the lines that follow must still be acknowledged.
             with contextlib.suppress(Exception):
                 self._show(stream, data)
-            with self._change:
-                self._done += len(data)
-                self._change.notify_all()
+            self._done += len(data)
+            self._change.ring()
             with contextlib.suppress(Exception):
                 self._shown(len(data))
         os.close(self._wake)
@@ -163,9 +163,8 @@ class Printer:
                 return
 
     def _got_on(self, count: int) -> int:
-        with self._change:
-            self._written += count
-            self._change.notify_all()
+        self._written += count
+        self._change.ring()
         return count
 
     def _writable(self, fd: int) -> bool:
