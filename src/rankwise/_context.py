@@ -19,13 +19,27 @@ if TYPE_CHECKING:
 class CurrentCall:
     """The call that a worker is running: `id`, `method`, `remaining()`, `cancelled()`."""
 
-    __slots__ = ("_deadline", "_words", "id", "method")
+    __slots__ = ("_deadline", "_owner", "_words", "id", "method")
 
-    def __init__(self, id: int, method: str, deadline: float | None, words: memoryview) -> None:
+    def __init__(
+        self,
+        id: int,
+        method: str,
+        deadline: float | None,
+        words: memoryview,
+        owner: object = None,
+    ) -> None:
         self.id = id
         self.method = method
         self._deadline = deadline
         self._words = words
+        self._owner = owner  # the worker object, where the method was looked up on it
+
+    @property
+    def where(self) -> str:
+        """The method, with the class of the worker where it is that one's own."""
+        owner = self._owner
+        return self.method if owner is None else f"{type(owner).__name__}.{self.method}"
 
     def __repr__(self) -> str:
         return f"CurrentCall(id={self.id}, method={self.method!r})"

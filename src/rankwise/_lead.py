@@ -103,11 +103,11 @@ class Lead:
 
     def leave(self, me: Waiter, call: Call) -> bool:
         """`me` waits for `call` no longer. Whether nobody leads now who did before."""
-        self.sleepers.pop(me, None)
-        unled = self.leader is me and self.hand_on()
-        if me.gate is not None and call.watchers and not call.done:
-            call.watchers.remove(me.gate.release)  # who polls a future leaves nothing in it
-        return unled
+        if me.gate is not None:
+            self.sleepers.pop(me, None)
+            if call.watchers and not call.done:
+                call.watchers.remove(me.gate.release)  # who polls a future leaves nothing in it
+        return self.leader is me and self.hand_on()
 
     def hand_on(self) -> bool:
         """The leader leads no more: a sleeper does, or what is open is armed for (True)."""
@@ -116,15 +116,16 @@ class Lead:
         self.leader = self.current()
         if self.leader is not None:
             return False  # it may be in the middle of receiving, and nobody else may begin
-        innermost = {waiter.thread: waiter for waiter in self.sleepers}
-        for waiter, call in list(self.sleepers.items()):
-            if innermost[waiter.thread] is not waiter:
-                continue  # a handler that waits too has interrupted it: it cannot lead now
-            del self.sleepers[waiter]
-            if not waiter.gone and not call.done:
-                self.leader = waiter
-                waiter.open_gate()
-                return False
+        if self.sleepers:
+            innermost = {waiter.thread: waiter for waiter in self.sleepers}
+            for waiter, call in list(self.sleepers.items()):
+                if innermost[waiter.thread] is not waiter:
+                    continue  # a handler that waits too has interrupted it: it cannot lead now
+                del self.sleepers[waiter]
+                if not waiter.gone and not call.done:
+                    self.leader = waiter
+                    waiter.open_gate()
+                    return False
         self.rearm()
         return True
 

@@ -93,6 +93,8 @@ class Ledger:
 
     def mend(self) -> None:
         """Finish the `place` that was cut short, if one was. Every event begins with this."""
+        if not (self._placing or self._dropping or self._barriers):
+            return
         for call in self._placing:
             if call.deadline is not None and call.id not in self.open:
                 self._timer(call.deadline, DEADLINE, call.id)
@@ -130,7 +132,7 @@ class Ledger:
             inflight = self.inflight[rank]
             if len(inflight) >= WINDOW_CALLS and call.id not in inflight:
                 return None
-            size = len(call.body_for(rank))
+            size = len(call.body if call.bodies is None else call.bodies[rank])
             if size > SMALL_BODY and inflight and call.id not in inflight:
                 ahead = sum(len(other.body_for(rank)) for other in inflight.values())
                 if ahead + size > WINDOW_BYTES:
@@ -140,11 +142,12 @@ class Ledger:
             return call
         return None
 
-    def sent(self, rank: int, call: Call) -> None:
-        """The last byte of `call` has left for `rank`."""
+    def sent(self, rank: int, call: Call) -> bool:
+        """The last byte of `call` has left for `rank`. Whether more is queued for it."""
         queue = self._queued[rank]
         if queue and queue[0] is call:
             queue.popleft()
+        return bool(queue)
 
     def queued(self, rank: int) -> bool:
         return bool(self._queued[rank])
@@ -153,38 +156,44 @@ class Ledger:
 
     def reply(self, rank: int, call_id: int, kind: int, body: bytes, now: float) -> None:
         """`rank` has answered call `call_id` with a frame of `kind`."""
-        call = self.inflight[rank].get(call_id)
+        inflight = self.inflight[rank]
+        call = inflight.get(call_id)
         if call is None:
             self.late += 1
             return
+        answers = call.answers
         if call.done:
-            if rank in call.answers:
-                pass  # struck before the end of this very event, which is run again
-            elif kind != FAILED:
-                self.late += call.error is not None
-                call.answers[rank] = (kind, b"")  # nobody will read it
-            else:
-                if call.late_failure is None:
-                    call.late_failure = (rank, body)  # it may be what breaks the group
-                self.reports.append((call, rank, body))
-                self._failure(call, now)
-                # Beside other failures it is one more of them; an outcome that was something else
-                # stays what it was.
-                failed = call.error is None and call.failure() is not None
-                call.answers[rank] = (kind, body) if failed else (ACK, b"")
+            self._late_reply(call, rank, kind, body, now)
         else:
-            call.answers[rank] = (kind, body)
+            answers[rank] = (kind, body)
             if kind == FAILED:
                 self._failure(call, now)
                 if call.reply_from is not None and not call.return_exceptions:
                     self._finish(call)
             elif rank == call.reply_from:
                 self._finish(call)
-            if len(call.answers) == len(call.ranks) and not call.done:
+        if len(answers) == len(call.ranks):
+            if not call.done:
                 self._finish(call)
-        if len(call.answers) == len(call.ranks):
             self._end(call)
-        self.inflight[rank].pop(call_id, None)
+        inflight.pop(call_id, None)
+
+    def _late_reply(self, call: Call, rank: int, kind: int, body: bytes, now: float) -> None:
+        """`call` had its outcome already."""
+        if rank in call.answers:
+            pass  # struck before the end of this very event, which is run again
+        elif kind != FAILED:
+            self.late += call.error is not None
+            call.answers[rank] = (kind, b"")  # nobody will read it
+        else:
+            if call.late_failure is None:
+                call.late_failure = (rank, body)  # it may be what breaks the group
+            self.reports.append((call, rank, body))
+            self._failure(call, now)
+            # Beside other failures it is one more of them; an outcome that was something else
+            # stays what it was.
+            failed = call.error is None and call.failure() is not None
+            call.answers[rank] = (kind, body) if failed else (ACK, b"")
 
     def _failure(self, call: Call, now: float) -> None:
         if len(call.ranks) == 1 or call.break_at is not None:

@@ -175,9 +175,10 @@ class Pump:
 
     def _unled(self) -> bool:
         """Whether something is open that neither a waiter nor a loop would lead for."""
-        if any(not call.done and not call.led for call in self.ledger.open.values()):
-            return True
-        return any(channel.wants_out for channel in self.sockets.channels)
+        for call in self.ledger.open.values():
+            if not call.done and not call.led:
+                return True
+        return self.sockets.blocked > 0
 
     def _arm_keeper(self, armed: bool) -> None:
         self.outer.modify(self.ready_fd, IN if armed else 0)

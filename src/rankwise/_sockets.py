@@ -17,7 +17,7 @@ from termios import FIONREAD, TIOCOUTQ
 
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
-from rankwise._messages import ANSWERS, DEADLINE, HAS_DEADLINE, WANT_VALUE
+from rankwise._messages import ANSWERS, DEADLINE, FAILED, HAS_DEADLINE, WANT_VALUE
 from rankwise.wire.channel import SEQUENCE_MASK, BadFrame, DriverChannel
 
 TYPE_CHECKING = False
@@ -50,6 +50,7 @@ class Sockets:
         self.ranks = {channel.fd: rank for rank, channel in enumerate(self.channels)}
         for channel in self.channels:
             self.ready.register(channel.fd, IN)
+        self.blocked = 0  # channels that want to send more than their socket takes
         self.deaths: dict[int, Exited | None] = {}  # reported, the channel not yet emptied
         self._ledger = ledger
         self._lock = lock
@@ -75,10 +76,12 @@ class Sockets:
                     break
             except ConnectionError:
                 break  # the other end is gone: end of file and the launcher will tell
-            ledger.sent(rank, call)
+            if not ledger.sent(rank, call):
+                break
         if blocked is not channel.wants_out and not channel.eof:
             self.ready.modify(channel.fd, IN | OUT if blocked else IN)
             channel.wants_out = blocked
+            self.blocked = sum(channel.wants_out for channel in self.channels)
 
     def flush_all(self) -> None:
         """Finish what a struck thread has begun. With the lock held."""
@@ -100,6 +103,7 @@ class Sockets:
             return False
         if frames:
             now = clock()
+            failed = False
             with self._lock:
                 ledger = self._ledger
                 ledger.mend()
@@ -112,13 +116,15 @@ class Sockets:
                     if ahead == 0 and kind in ANSWERS:
                         ledger.reply(rank, call_id, kind, body, now)
                         channel.receive_sequence += 1
+                        failed = failed or kind == FAILED  # which sets timers
                     elif ahead < SEQUENCE_MASK >> 1:
                         self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
                         return False
                 channel.consume(data, used)
                 if ledger.queued(rank):
                     self.flush(rank)
-                self._on_news()
+                if failed:
+                    self._on_news()
         if channel.eof:
             with self._lock:
                 self._forget(channel)

@@ -137,31 +137,8 @@ def _answer(
     body: bytes | bytearray,
 ) -> tuple[int, bytes]:
     """Run one call: the kind and the body of its answer."""
-
-    where = ""
-
-    def run() -> object:
-        nonlocal where
-        deadline = None
-        data: bytes | bytearray | memoryview = body
-        if flags & HAS_DEADLINE:
-            (deadline,) = DEADLINE.unpack_from(body)
-            data = memoryview(body)[DEADLINE.size :]
-        method, args, kwargs = codec.loads(data)
-        named = isinstance(method, str)
-        name = method if named else method_name(method)
-        where = f"{type(worker).__name__}.{name}" if named else name
-        place.call = _context.CurrentCall(call_id, name, deadline, words)
-        value = (
-            getattr(worker, method)(*args, **kwargs) if named else method(worker, *args, **kwargs)
-        )
-        if _is_coroutine(value):
-            value.close()
-            raise TypeError(f"{name} is an async method: rankwise runs ordinary methods only")
-        return value
-
-    outcome = capture(run, (), {})
-    place.call = None
+    outcome = capture(_run, (worker, place, words, flags, call_id, body), {})
+    call, place.call = place.call, None
     if isinstance(outcome, Ok):
         if not flags & WANT_VALUE:
             return ACK, b""
@@ -169,11 +146,35 @@ def _answer(
             return OK, codec.encode_result(outcome.value)
         except BaseException as error:  # its own __reduce__ may even call sys.exit
             outcome = Failed(error)
-    return FAILED, encode_failure(outcome, where)
+    return FAILED, encode_failure(outcome, "" if call is None else call.where)
 
 
-def _is_coroutine(value: object) -> bool:
-    return type(value).__name__ == "coroutine" and hasattr(value, "cr_frame")
+def _run(
+    worker: object,
+    place: _context.Place,
+    words: memoryview,
+    flags: int,
+    call_id: int,
+    body: bytes | bytearray,
+) -> object:
+    deadline = None
+    data: bytes | bytearray | memoryview = body
+    if flags & HAS_DEADLINE:
+        (deadline,) = DEADLINE.unpack_from(body)
+        data = memoryview(body)[DEADLINE.size :]
+    method, args, kwargs = codec.loads(data)
+    if type(method) is str:
+        place.call = _context.CurrentCall(call_id, method, deadline, words, worker)
+        value = getattr(worker, method)(*args, **kwargs)
+    else:
+        name = method_name(method)
+        place.call = _context.CurrentCall(call_id, name, deadline, words)
+        value = method(worker, *args, **kwargs)
+    if type(value).__name__ == "coroutine" and hasattr(value, "cr_frame"):
+        value.close()
+        name = place.call.method
+        raise TypeError(f"{name} is an async method: rankwise runs ordinary methods only")
+    return value
 
 
 def _leave(worker: object) -> None:

@@ -38,6 +38,8 @@ SEQUENCE_MASK: Final = 0xFFFFFFFF
 # No frame is this long: a length above it is a broken frame, not a reason to reserve memory.
 MAX_BODY: Final = 1 << 46
 
+NO_SIGNAL: Final = (MSG_NOSIGNAL,)
+
 unpack_header = HEADER.unpack_from
 pack_header = HEADER.pack
 
@@ -108,16 +110,15 @@ class DriverChannel:
             self._going = going
         _, frame, body, sent = going
         total = len(frame) + len(body)
+        done = sum(sent)
         try:
-            while True:
-                done = sum(sent)
-                if done >= total:
-                    break
+            while done < total:
                 if done < len(frame):
-                    sent.extend(map(self.send, (frame[done:],), (MSG_NOSIGNAL,)))
+                    sent.extend(map(self.send, (frame[done:],), NO_SIGNAL))
                 else:
                     view = memoryview(body)[done - len(frame) :]
-                    sent.extend(map(self.send, (view,), (MSG_NOSIGNAL,)))
+                    sent.extend(map(self.send, (view,), NO_SIGNAL))
+                done = sum(sent)
         except BlockingIOError:
             return False
         if self._going is going:  # else a handler's own call has already finished it
@@ -160,8 +161,15 @@ class DriverChannel:
 
         Takes nothing: calling it again gives the same frames until `consume(data, used)`.
         """
-        found: list[tuple[int, int, bytes, int]] = []
         chunks = self._chunks
+        if len(chunks) == 1:
+            data = chunks[0]
+            size = len(data)
+            if size >= HEADER_SIZE:
+                magic, kind, _, sequence, call_id, length = unpack_header(data)
+                if magic == MAGIC and length == size - HEADER_SIZE:  # one frame: nearly always
+                    return [(kind, call_id, data[HEADER_SIZE:], sequence)], data, size
+        found: list[tuple[int, int, bytes, int]] = []
         received = self._received
         if len(chunks) > 1:
             first = next((chunk for chunk in chunks if chunk), b"")
@@ -195,8 +203,7 @@ class DriverChannel:
     def consume(self, data: bytes, used: int) -> None:
         """The first `used` bytes of `data`, both as `frames` gave them, have been dealt with."""
         chunks = self._chunks
-        rest = data[used:]
-        kept = (rest,) if rest else ()
+        kept = (data[used:],) if used < len(data) else ()
         if chunks and chunks[0] is data:  # else a handler's own call has already taken them
             chunks[:1] = kept
 
