@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rankwise._rankinfo import RankInfo
     from rankwise._ranks import Ranks
     from rankwise._spec import GroupSpec
+    from rankwise._spin import Spin
 
     class Engine(Protocol):
         """The running ranks of one group."""
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
         world_size: int
         ranks: Ranks
         infos: list[RankInfo]
-        spin: float  # seconds that a waiter polls
+        spin: Spin  # how long a waiter polls
         starting: bool  # the boot call has not been looked at yet
 
         @property

@@ -142,7 +142,7 @@ class WorkerGroup(ManyView):
         state = "open" if cause is None else "closed" if isinstance(cause, Closed) else "broken"
         return (
             f"<WorkerGroup {engine.name!r}: {engine.world_size} ranks, {self._spec.backend}, "
-            f"spin={self._spec.spin}, {state}>"
+            f"spin={engine.spin}, {state}>"
         )
 
     def __reduce__(self) -> Any:

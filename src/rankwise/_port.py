@@ -52,7 +52,8 @@ class Port:
         # Poll first, as a thread would; but between two looks the loop runs its other tasks.
         with pump.lock:
             pump.led_by_loop(call, True)
-        until = clock() + pump.spin
+        began = clock()
+        until = began + pump.spin.budget
         try:
             while not call.done and clock() < until:
                 pump.lead_once()
@@ -73,6 +74,7 @@ class Port:
             pump.led_by_loop(call, True)
         try:
             yield from waiter
+            pump.spin.waited(clock() - began)
         finally:
             if not call.done:
                 self._leave(call, waiter)

@@ -44,15 +44,16 @@ if TYPE_CHECKING:
 
     from rankwise._calls import Error
     from rankwise._port import Port
+    from rankwise._spin import Spin
 
 NEVER = float("inf")
 TICK = 0.25  # seconds between the keeper's looks at open calls
 
 
 class Pump:
-    """The call path of one group of processes. `spin`: seconds that a waiter polls."""
+    """The call path of one group of processes. `spin`: how long a waiter polls."""
 
-    def __init__(self, sockets: list[socket], spin: float) -> None:
+    def __init__(self, sockets: list[socket], spin: Spin) -> None:
         self.lock = threading.RLock()
         self.ledger = Ledger(len(sockets))
         self.sockets = Sockets(sockets, self.ledger, self.lock, self._note_news)
@@ -229,7 +230,7 @@ class Pump:
         """Lead until `call` is settled or somebody else leads (True), or it is `until` (False)."""
         poll = self._ready.poll
         lead = self.lead
-        spin_until = 0.0
+        began = 0.0
         while not call.done and lead.leader is me:
             if lead.stranded:
                 self._recover()
@@ -239,13 +240,15 @@ class Pump:
                 now = clock()
                 if until is not None and now >= until:
                     return False
-                if not spin_until:
-                    spin_until = now + self.spin
-                if now < spin_until:
+                if not began:
+                    began = now
+                if now < began + self.spin.budget:
                     os.sched_yield()
                     continue
                 events = poll(None if until is None else until - now)
             self._serve(events)
+        if began and call.done:
+            self.spin.waited(clock() - began)
         return True
 
     def _recover(self) -> None:

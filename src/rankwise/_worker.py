@@ -30,6 +30,7 @@ from rankwise._messages import (
 from rankwise._methods import method_name
 from rankwise._outcome import Failed, Ok, capture, encode_failure
 from rankwise._rankinfo import RankInfo
+from rankwise._spin import Spin
 from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SINCE
 from rankwise._status import EXIT as EXITING
 from rankwise.wire import codec
@@ -225,7 +226,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
     _name_process(f"{name}:{rank}")
     _line_buffer()
     sock = socket(fileno=call_fd)
-    channel = WorkerChannel(sock, 0.0)
+    channel = WorkerChannel(sock, Spin(0.0, learns=False))
     page = StatusPage(rank + 1, status_fd)
 
     def prepare(place: _context.Place, settings: dict[str, object]) -> None:
@@ -235,7 +236,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         _context.enter_process(place)
         sys.path[:] = settings["sys_path"]  # type: ignore[call-overload]
         sys.argv[:] = settings["argv"]  # type: ignore[call-overload]
-        channel.spin = settings["spin"]  # type: ignore[assignment]
+        channel.spin = Spin(*settings["spin"])  # type: ignore[misc]
 
     serve(channel, page.words(rank), prepare)
 

@@ -72,9 +72,10 @@ def test_name_size_pids_and_repr(make, backend):
         assert group.pids == [os.getpid()] * 2
     else:
         assert len({*group.pids, os.getpid()}) == 3
-    assert repr(group) == f"<WorkerGroup 'gpt': 2 ranks, {backend}, spin=auto, open>"
+    polls = str(group._engine.spin)
+    assert repr(group) == f"<WorkerGroup 'gpt': 2 ranks, {backend}, spin={polls}, open>"
     group.close()
-    assert repr(group) == f"<WorkerGroup 'gpt': 2 ranks, {backend}, spin=auto, closed>"
+    assert repr(group) == f"<WorkerGroup 'gpt': 2 ranks, {backend}, spin={polls}, closed>"
     assert repr(group[0]) == "<view of 'gpt': ranks [0]>"
 
 

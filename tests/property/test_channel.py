@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from rankwise._calls import Call
 from rankwise._messages import ACK, CALL, FAILED, HEADER, MAGIC, OK
+from rankwise._spin import Spin
 from rankwise.wire.channel import HEADER_SIZE, BadFrame, DriverChannel, WorkerChannel
 
 kinds = st.sampled_from((OK, FAILED, ACK))
@@ -132,7 +133,7 @@ def test_garbage_is_a_bad_frame_or_the_end(garbage, after_a_good_one):
 @given(st.binary(min_size=HEADER_SIZE, max_size=200), st.integers(0, 2))
 def test_garbage_to_a_worker_is_a_bad_frame_or_the_end(garbage, good):
     with pair() as (near, far):
-        channel = WorkerChannel(near, 0.0)
+        channel = WorkerChannel(near, Spin(0.0, learns=False))
         far.sendall(b"".join(frame(CALL, n, n + 1, b"x" * n) for n in range(good)) + garbage)
         far.close()
         for number in range(good):
@@ -148,7 +149,7 @@ def test_garbage_to_a_worker_is_a_bad_frame_or_the_end(garbage, good):
 @given(st.integers(1, 0xFFFFFFFF), st.integers(0, 3))
 def test_a_wrong_sequence_is_a_bad_frame_to_a_worker(off, before):
     with pair() as (near, far):
-        channel = WorkerChannel(near, 0.0)
+        channel = WorkerChannel(near, Spin(0.0, learns=False))
         for number in range(before):
             far.sendall(frame(CALL, number, number + 1, b""))
         wrong = (before + off) & 0xFFFFFFFF
@@ -166,7 +167,7 @@ def test_calls_cut_short_by_the_end_are_the_end_to_a_worker(lengths, keep):
     data = b"".join(frames)
     data = data[: keep % (len(data) + 1)]
     with pair() as (near, far):
-        channel = WorkerChannel(near, 0.0)
+        channel = WorkerChannel(near, Spin(0.0, learns=False))
 
         def send() -> None:
             far.sendall(data)
@@ -244,7 +245,7 @@ def test_no_byte_is_lost_between_a_driver_that_is_struck_and_a_worker(lengths, s
     with pair() as (near, far):
         driver = DriverChannel(near)
         Weather(driver, seed, small)
-        worker = WorkerChannel(far, 0.0)
+        worker = WorkerChannel(far, Spin(0.0, learns=False))
         heard = []
 
         def work() -> None:
@@ -320,7 +321,7 @@ def test_a_worker_that_is_gone_is_a_connection_error_to_the_sender():
 
 def test_a_driver_that_is_gone_is_silent_to_a_worker():
     with pair() as (near, far):
-        channel = WorkerChannel(near, 0.0)
+        channel = WorkerChannel(near, Spin(0.0, learns=False))
         far.close()
         channel.reply(OK, 1, b"x" * 1_000_000)
         assert channel.receive() is None
@@ -340,7 +341,7 @@ def test_a_driver_never_blocks_in_send_or_receive():
 
 def test_a_worker_answers_while_the_driver_does_not_read():
     with pair() as (near, far):
-        channel = WorkerChannel(near, 0.0)
+        channel = WorkerChannel(near, Spin(0.0, learns=False))
         body = body_of(1, 5_000_000)
         thread = threading.Thread(target=channel.reply, args=(OK, 1, body))
         thread.start()

@@ -50,8 +50,8 @@ LAYERS = (
     ("what a rank finds", "_environment"),
     ("what a group is", "_spec"),
     (
-        "the ground", "_checks", "_procfs", "_rankinfo", "_status", "_messages", "_deadline",
-        "_interrupts", "errors", "wire", "logs",
+        "the ground", "_checks", "_procfs", "_rankinfo", "_spin", "_status", "_messages",
+        "_deadline", "_interrupts", "errors", "wire", "logs",
     ),
 )  # fmt: skip
 
@@ -65,7 +65,7 @@ UPWARD = {
 # than these, whatever lies below them.
 CHILDREN = {
     "_worker": {
-        "_context", "_messages", "_methods", "_outcome", "_rankinfo", "_status",
+        "_context", "_messages", "_methods", "_outcome", "_rankinfo", "_spin", "_status",
         "wire.channel", "wire.codec",
     },
     "_launcher": {

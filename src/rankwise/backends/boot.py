@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rankwise._engine import Engine
     from rankwise._rankinfo import RankInfo
     from rankwise._spec import GroupSpec
+    from rankwise._spin import Spin
 
 
 def encode_targets(spec: GroupSpec) -> list[bytes]:
@@ -33,9 +34,13 @@ def encode_targets(spec: GroupSpec) -> list[bytes]:
     ]
 
 
-def boot_call(infos: list[RankInfo], blobs: list[bytes], spin: float) -> Call:
+def boot_call(infos: list[RankInfo], blobs: list[bytes], spin: Spin) -> Call:
     """The call that makes the worker objects."""
-    settings = {"sys_path": list(sys.path), "argv": list(sys.argv), "spin": spin}
+    settings = {
+        "sys_path": list(sys.path),
+        "argv": list(sys.argv),
+        "spin": (spin.most, spin.learns),
+    }
     bodies = {
         info.rank: dumps((tuple(info), settings, blob), 5)
         for info, blob in zip(infos, blobs, strict=True)

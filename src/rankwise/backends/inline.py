@@ -22,6 +22,7 @@ from rankwise._environment import rank_infos
 from rankwise._ledger import Ledger
 from rankwise._messages import DEADLINE, EXIT, HAS_DEADLINE, WANT_VALUE
 from rankwise._ranks import Ranks
+from rankwise._spin import Spin
 from rankwise._status import StatusPage
 from rankwise._worker import serve
 
@@ -62,7 +63,7 @@ class InlineEngine:
         self.name = spec.name
         self.world_size = spec.world_size
         self.infos = rank_infos(spec, "127.0.0.1", 0)
-        self.spin = 0.0
+        self.spin = Spin(0.0, learns=False)
         self.starting = True
         self.inert: str | None = None
         self._status = StatusPage(spec.world_size)

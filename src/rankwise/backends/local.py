@@ -21,9 +21,11 @@ from rankwise._answers import broken
 from rankwise._callbacks import Callbacks
 from rankwise._calls import Call, Closed, Error
 from rankwise._deadline import clock, deadline
+from rankwise._environment import cpu_budget
 from rankwise._keeper import Keeper
 from rankwise._pump import NEVER, Pump
 from rankwise._ranks import Ranks
+from rankwise._spin import spin_for
 from rankwise.backends.ending import Ending
 from rankwise.backends.launching import start_launcher
 from rankwise.backends.link import PATIENCE, LauncherLink
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rankwise")
 
-SPIN = 100e-6  # seconds: at a call every 5 ms, 2 % of a core
 STARTUP_LOOK = 0.02  # seconds between two looks at the phases of a group that starts
 
 
@@ -54,7 +55,7 @@ class LocalEngine:
         self.infos = started.infos
         self.ranks = Ranks(spec.world_size, started.status)
         stack.callback(self.ranks.forget_status)
-        self.spin = SPIN if spec.spin == "auto" else float(spec.spin)
+        self.spin = spin_for(spec.spin, spec.world_size + 1, cpu_budget())
         self.pump = Pump(started.sockets, self.spin)
         stack.callback(self.pump.close)
         self.pump.announce = self._announce

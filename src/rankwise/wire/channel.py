@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Final
 
     from rankwise._calls import Call
+    from rankwise._spin import Spin
 
 HEADER_SIZE: Final = HEADER.size
 # Well below the 128 KB from which malloc maps and unmaps each buffer: that would cost 12 us.
@@ -221,7 +222,7 @@ class WorkerChannel:
 
     __slots__ = ("_data", "_poll", "_recv", "_recv_into", "_sent", "_sequence", "_sock", "spin")
 
-    def __init__(self, sock: socket.socket, spin: float) -> None:
+    def __init__(self, sock: socket.socket, spin: Spin) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._recv = sock.recv
@@ -236,8 +237,8 @@ class WorkerChannel:
     def receive(self) -> tuple[int, int, int, bytes | bytearray] | None:
         """(kind, flags, call id, body) of the next frame; None at end of file.
 
-        Polls for `spin` seconds, then sleeps in the kernel. Raises BadFrame, and TooLarge for a
-        body that there is no room for (which was skipped).
+        Polls for a while (see `Spin`), then sleeps in the kernel. Raises BadFrame, and TooLarge for
+        a body that there is no room for (which was skipped).
         """
         data = self._data
         while len(data) < HEADER_SIZE:
@@ -293,18 +294,21 @@ class WorkerChannel:
             pass
         except OSError:
             return b""
-        until = clock() + self.spin
+        began = clock()
+        until = began + self.spin.budget
         while True:
             if clock() < until:
                 os.sched_yield()
             else:
                 self._poll.poll()
             try:
-                return recv(size)
+                data = recv(size)
             except BlockingIOError:
                 continue
             except OSError:
                 return b""
+            self.spin.waited(clock() - began)
+            return data
 
     def reply(self, kind: int, call_id: int, body: bytes) -> None:
         """Answer; waits for as long as the driver does not read. Silent where it is gone."""
