@@ -28,8 +28,11 @@ SECONDS = 20.0  # no wait of these tests should take a tenth of it
 
 # What every script begins with: `say` gives the test a line, `hear` takes one from it.
 PRELUDE = """
-import ctypes, json, os, signal, sys, threading, time
+import ctypes, json, os, signal, sys, threading, time, warnings
 from rankwise import *
+
+# From 3.12 on Python itself warns of any fork beside a thread.
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
 def say(**facts):
     sys.stdout.write(json.dumps(facts) + "\\n")
