@@ -52,8 +52,11 @@ def state():
     os.umask(umask)
     handlers = {int(n): repr(signal.getsignal(n)) for n in signal.valid_signals()}
     mask = sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+    # Not 32 and 33, which are the C library's own and change with its first thread or child.
+    ours = sum(1 << n - 1 for n in signal.valid_signals())
     with open("/proc/self/status") as file:
-        masks = [line for line in file if line.startswith(("SigBlk", "SigIgn"))]
+        pairs = [line.split() for line in file if line.startswith(("SigBlk", "SigIgn"))]
+    masks = [f"{name} {int(value, 16) & ours:x}" for name, value in pairs]
     return json.loads(json.dumps(dict(
         handlers=handlers, mask=mask, masks=masks, environ=dict(os.environ), cwd=os.getcwd(),
         path=list(sys.path), argv=sys.argv, hook=repr(sys.excepthook),
@@ -136,6 +139,7 @@ class Terminal:
             stdin=inner,
             stdout=inner,
             stderr=inner,
+            env=os.environ | {"PYTHON_COLORS": "0"},  # 3.13 colours its tracebacks
             start_new_session=True,
             preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
         )
