@@ -58,7 +58,7 @@ def _value(
     if kind != OK:
         return None
     try:
-        return codec.loads(body)
+        return codec.loads(body, engine.arena)
     except Exception as reason:
         if is_interrupt(reason):
             raise

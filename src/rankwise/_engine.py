@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rankwise._ranks import Ranks
     from rankwise._spec import GroupSpec
     from rankwise._spin import Spin
+    from rankwise.wire.arena import Arena
 
     class Engine(Protocol):
         """The running ranks of one group."""
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         ranks: Ranks
         infos: list[RankInfo]
         spin: Spin  # how long a waiter polls
+        arena: Arena | None  # where large payloads lie
         starting: bool  # the boot call has not been looked at yet
 
         @property

@@ -17,8 +17,9 @@ from termios import FIONREAD, TIOCOUTQ
 
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
-from rankwise._messages import ANSWERS, DEADLINE, FAILED, HAS_DEADLINE, WANT_VALUE
+from rankwise._messages import ANSWERS, DEADLINE, FAILED, HAS_DEADLINE, OK, OK_LENT, WANT_VALUE
 from rankwise.wire.channel import SEQUENCE_MASK, BadFrame, DriverChannel
+from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from rankwise._ledger import Ledger
     from rankwise._messages import Exited
+    from rankwise.wire.arena import Arena
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 
@@ -52,6 +54,7 @@ class Sockets:
             self.ready.register(channel.fd, IN)
         self.blocked = 0  # channels that want to send more than their socket takes
         self.deaths: dict[int, Exited | None] = {}  # reported, the channel not yet emptied
+        self.arena: Arena | None = None  # where large payloads lie
         self._ledger = ledger
         self._lock = lock
         self._on_news = on_news
@@ -70,8 +73,11 @@ class Sockets:
             if call.deadline is not None:
                 flags |= HAS_DEADLINE
                 head = DEADLINE.pack(call.deadline)
+            body = call.body_for(rank)
+            if type(body) is Lent:
+                body.hold.pending.discard(rank)  # from here on it is the rank's to let go
             try:
-                if not channel.send_call(call, flags, head, call.body_for(rank)):
+                if not channel.send_call(call, flags, head, body):
                     blocked = True
                     break
             except ConnectionError:
@@ -104,6 +110,7 @@ class Sockets:
         if frames:
             now = clock()
             failed = False
+            lent = False
             with self._lock:
                 ledger = self._ledger
                 ledger.mend()
@@ -113,6 +120,9 @@ class Sockets:
                     self.flush(rank)
                 for kind, call_id, body, sequence in frames:
                     ahead = (sequence - channel.receive_sequence) & SEQUENCE_MASK
+                    if kind == OK_LENT and ahead == 0 and self.arena is not None:
+                        lent = True
+                        kind, body = OK, self.arena.receive(body, rank, sequence)
                     if ahead == 0 and kind in ANSWERS:
                         ledger.reply(rank, call_id, kind, body, now)
                         channel.receive_sequence += 1
@@ -121,6 +131,8 @@ class Sockets:
                         self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
                         return False
                 channel.consume(data, used)
+                if lent and self.arena is not None:
+                    self.arena.dealt(rank)
                 if ledger.queued(rank):
                     self.flush(rank)
                 if failed:

@@ -38,7 +38,7 @@ SPAWN, IMPORT, CONSTRUCT, READY, EXIT = range(5)
 
 def make_status(world_size: int) -> int:
     """A descriptor of fresh pages, all zero, for `world_size` ranks."""
-    fd = os.memfd_create("rankwise-status", os.MFD_CLOEXEC)
+    fd = os.memfd_create("rankwise", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     # Reserved now: a page that cannot be had later would be SIGBUS, here it is an error.
     os.posix_fallocate(fd, 0, PAGE * world_size)
     return fd

@@ -66,7 +66,9 @@ class View:
 
     def _make(self, method: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         name, sent = resolve_method(method)
-        return self._make_call(name, encode_call(sent, args, kwargs))
+        return self._make_call(
+            name, encode_call(sent, args, kwargs, self._engine.arena, self._ranks)
+        )
 
     def _make_call(self, name: str, body: bytes, bodies: dict[int, bytes] | None = None) -> Call:
         options = self._options
@@ -109,8 +111,9 @@ class View:
         size = len(self._ranks)
         if len(parts) != size:
             raise ValueError(f"parts must have one item a rank, {size}, not {len(parts)}")
+        arena = self._engine.arena
         bodies = {
-            rank: encode_call(sent, (part, *args), kwargs)
+            rank: encode_call(sent, (part, *args), kwargs, arena, (rank,))
             for rank, part in zip(self._ranks, parts, strict=True)
         }
         return self._make_call(name, b"", bodies)
@@ -127,10 +130,10 @@ class View:
         Each has `.rank`. A rank that fails leaves the others alone (`on_error` is "continue").
         """
         name, sent = resolve_method(method)
-        body = encode_call(sent, args, kwargs)
+        engine = self._engine
+        body = encode_call(sent, args, kwargs, engine.arena, self._ranks)
         options = self._options
         until = deadline(options.timeout)
-        engine = self._engine
         calls = tuple(
             Call(
                 name,

@@ -25,6 +25,7 @@ from rankwise._messages import (
     FAILED,
     HAS_DEADLINE,
     OK,
+    OK_LENT,
     WANT_VALUE,
 )
 from rankwise._methods import method_name
@@ -34,7 +35,9 @@ from rankwise._spin import Spin
 from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SINCE
 from rankwise._status import EXIT as EXITING
 from rankwise.wire import codec
+from rankwise.wire.arena import open_arena
 from rankwise.wire.channel import TooLarge, WorkerChannel
+from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,8 +45,12 @@ if TYPE_CHECKING:
     from socket import socket
     from typing import Protocol
 
+    from rankwise.wire.arena import Arena
+
     class Channel(Protocol):
         """What `serve` needs of a channel."""
+
+        arena: Arena | None
 
         def receive(self) -> tuple[int, int, int, bytes | bytearray] | None: ...
         def reply(self, kind: int, call_id: int, body: bytes) -> None: ...
@@ -65,6 +72,7 @@ def serve(
     if made is None:
         return
     worker, place = made
+    arena = channel.arena
     while True:
         try:
             frame = channel.receive()
@@ -76,10 +84,13 @@ def serve(
         _, flags, call_id, body = frame
         words[SINCE] = time.monotonic_ns()
         words[RUNNING] = call_id
-        kind, answer = _answer(worker, place, words, flags, call_id, body)
+        kind, answer = _answer(worker, place, words, arena, flags, call_id, body)
         del frame, body  # a worker that waits keeps nothing of the last call alive
         if place.forked:
             return  # a child that the method forked has come out of it: the parent answers
+        if type(answer) is Lent:
+            kind = OK_LENT
+            answer.hold.pending.clear()  # from here on it is the driver's to let go
         channel.reply(kind, call_id, answer)
         del answer
         words[DONE] = call_id
@@ -133,18 +144,19 @@ def _answer(
     worker: object,
     place: _context.Place,
     words: memoryview,
+    arena: Arena | None,
     flags: int,
     call_id: int,
     body: bytes | bytearray,
 ) -> tuple[int, bytes]:
     """Run one call: the kind and the body of its answer."""
-    outcome = capture(_run, (worker, place, words, flags, call_id, body), {})
+    outcome = capture(_run, (worker, place, words, arena, flags, call_id, body), {})
     call, place.call = place.call, None
     if isinstance(outcome, Ok):
         if not flags & WANT_VALUE:
             return ACK, b""
         try:
-            return OK, codec.encode_result(outcome.value)
+            return OK, codec.encode_result(outcome.value, arena)
         except BaseException as error:  # its own __reduce__ may even call sys.exit
             outcome = Failed(error)
     return FAILED, encode_failure(outcome, "" if call is None else call.where)
@@ -154,6 +166,7 @@ def _run(
     worker: object,
     place: _context.Place,
     words: memoryview,
+    arena: Arena | None,
     flags: int,
     call_id: int,
     body: bytes | bytearray,
@@ -163,7 +176,7 @@ def _run(
     if flags & HAS_DEADLINE:
         (deadline,) = DEADLINE.unpack_from(body)
         data = memoryview(body)[DEADLINE.size :]
-    method, args, kwargs = codec.loads(data)
+    method, args, kwargs = codec.loads(data, arena)
     if type(method) is str:
         place.call = _context.CurrentCall(call_id, method, deadline, words, worker)
         value = getattr(worker, method)(*args, **kwargs)
@@ -231,7 +244,8 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
 
     def prepare(place: _context.Place, settings: dict[str, object]) -> None:
         # A child that the worker forks must not keep the call channel open after its death.
-        os.register_at_fork(after_in_child=partial(_leave_child, sock, place))
+        channel.arena = open_arena(status_fd, place.info.world_size, rank)
+        os.register_at_fork(after_in_child=partial(_leave_child, sock, channel, place))
         place.rank0 = page.words(0)
         _context.enter_process(place)
         sys.path[:] = settings["sys_path"]  # type: ignore[call-overload]
@@ -241,8 +255,10 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
     serve(channel, page.words(rank), prepare)
 
 
-def _leave_child(sock: socket, place: _context.Place) -> None:
+def _leave_child(sock: socket, channel: WorkerChannel, place: _context.Place) -> None:
     sock.close()
+    if channel.arena is not None:
+        channel.arena.close()
     place.forked = True
 
 

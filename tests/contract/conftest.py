@@ -43,6 +43,9 @@ class Shared:
         self._group = made
         # The callback thread lives as long as the group: it is no leak of the test that needs it.
         made.submit(Worker.get_rank).add_done_callback(lambda future: future.result())
+        # So does what it has mapped for large payloads: memory that is new, and memory used again.
+        for _ in range(3):
+            made.call(lambda worker, data: None, bytes(1 << 20))
         made.flush()
         return made
 

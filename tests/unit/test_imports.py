@@ -47,6 +47,10 @@ LAYERS = (
     ("its walk", "wire.parts"),
     ("definitions on the wire", "wire.byvalue"),
     ("the wire", "wire.codec", "wire.channel", "wire.control", "logs.lines"),
+    ("large payloads", "wire.arena"),
+    ("their readers", "wire.borrowing"),
+    ("their writer", "wire.lending"),
+    ("its parts", "wire.blocks", "wire.mapping"),
     ("what a rank finds", "_environment"),
     ("what a group is", "_spec"),
     (
@@ -66,7 +70,7 @@ UPWARD = {
 CHILDREN = {
     "_worker": {
         "_context", "_messages", "_methods", "_outcome", "_rankinfo", "_spin", "_status",
-        "wire.channel", "wire.codec",
+        "wire.arena", "wire.channel", "wire.codec", "wire.lending",
     },
     "_launcher": {
         "_deadline", "_log_pipes", "_messages", "_preload", "_procfs", "_reaper", "_spawn",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from rankwise._future import GroupFuture
     from rankwise._spec import GroupSpec
+    from rankwise.wire.arena import Arena
 
     Frame = tuple[int, int, int, bytes]
 
@@ -45,6 +46,7 @@ class QueueChannel:
 
     def __init__(self, engine: InlineEngine, rank: int) -> None:
         self.frames: SimpleQueue[Frame] = SimpleQueue()
+        self.arena: Arena | None = None
         self._engine = engine
         self._rank = rank
 
@@ -65,6 +67,7 @@ class InlineEngine:
         self.infos = rank_infos(spec, "127.0.0.1", 0)
         self.spin = Spin(0.0, learns=False)
         self.starting = True
+        self.arena: Arena | None = None  # one process: nothing to share
         self.inert: str | None = None
         self._status = StatusPage(spec.world_size)
         self.ranks = Ranks(spec.world_size, self._status, threads=True)

@@ -17,6 +17,7 @@ import sys
 from rankwise import _environment, _status
 from rankwise._messages import Launch
 from rankwise.logs.show import use_color
+from rankwise.wire.arena import make_room, open_arena
 from rankwise.wire.control import ControlChannel
 
 TYPE_CHECKING = False
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from rankwise._rankinfo import RankInfo
     from rankwise._spec import GroupSpec
+    from rankwise.wire.arena import Arena
 
 # The directory that this very rankwise was imported from: the launcher must not find another.
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -37,7 +39,7 @@ LAUNCHER = (
 class Started:
     """What a started launcher hands over: all of it is on the ExitStack already."""
 
-    __slots__ = ("control", "infos", "launcher", "launcher_pidfd", "sockets", "status")
+    __slots__ = ("arena", "control", "infos", "launcher", "launcher_pidfd", "sockets", "status")
 
     def __init__(
         self,
@@ -47,7 +49,9 @@ class Started:
         launcher_pidfd: int,
         sockets: list[socket.socket],
         status: _status.StatusPage,
+        arena: Arena | None,
     ) -> None:
+        self.arena = arena
         self.control = control
         self.infos = infos
         self.launcher = launcher
@@ -85,6 +89,9 @@ def start_launcher(spec: GroupSpec, stack: ExitStack) -> Started:
         driver_pidfd = os.pidfd_open(os.getpid())
         lent.append(driver_pidfd)
         status = _status.StatusPage(size, status_fd)
+        arena = open_arena(os.dup(status_fd), size) if make_room(status_fd, size) else None
+        if arena is not None:
+            stack.callback(arena.close)
         flags = _interpreter_flags(environments)
         forks = spec.start_method == "forkserver"
         launcher = subprocess.Popen(
@@ -124,7 +131,7 @@ def start_launcher(spec: GroupSpec, stack: ExitStack) -> Started:
                 color=spec.logs == "prefix" and use_color(),
             )
         )
-        return Started(control, infos, launcher, pidfd, sockets, status)
+        return Started(control, infos, launcher, pidfd, sockets, status, arena)
     finally:
         for other in theirs:
             other.close()

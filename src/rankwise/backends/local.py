@@ -57,6 +57,7 @@ class LocalEngine:
         stack.callback(self.ranks.forget_status)
         self.spin = spin_for(spec.spin, spec.world_size + 1, cpu_budget())
         self.pump = Pump(started.sockets, self.spin)
+        self.arena = self.pump.sockets.arena = started.arena
         stack.callback(self.pump.close)
         self.pump.announce = self._announce
         self._on_failure = spec.on_failure
@@ -153,7 +154,8 @@ class LocalEngine:
         if self.starting:
             self._log_phases(now)
             due = min(now + STARTUP_LOOK, NEVER if due is None else due)
-        self.next_step = due
+        tend = None if self.arena is None else self.arena.tend(now)
+        self.next_step = tend if due is None else due if tend is None else min(due, tend)
 
     def _log_phases(self, now: float) -> None:
         for rank in range(self.world_size):

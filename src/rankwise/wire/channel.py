@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from rankwise._calls import Call
     from rankwise._spin import Spin
+    from rankwise.wire.arena import Arena
 
 HEADER_SIZE: Final = HEADER.size
 # Well below the 128 KB from which malloc maps and unmaps each buffer: that would cost 12 us.
@@ -220,7 +221,9 @@ class DriverChannel:
 class WorkerChannel:
     """The worker's end: one thread receives, runs and answers; it may block."""
 
-    __slots__ = ("_data", "_poll", "_recv", "_recv_into", "_sent", "_sequence", "_sock", "spin")
+    __slots__ = (
+        "_data", "_poll", "_recv", "_recv_into", "_sent", "_sequence", "_sock", "arena", "spin",
+    )  # fmt: skip
 
     def __init__(self, sock: socket.socket, spin: Spin) -> None:
         sock.setblocking(False)
@@ -233,6 +236,7 @@ class WorkerChannel:
         self._poll = select.poll()
         self._poll.register(sock.fileno(), select.POLLIN)
         self.spin = spin
+        self.arena: Arena | None = None  # tended while there is nothing to do
 
     def receive(self) -> tuple[int, int, int, bytes | bytearray] | None:
         """(kind, flags, call id, body) of the next frame; None at end of file.
@@ -300,7 +304,8 @@ class WorkerChannel:
             if clock() < until:
                 os.sched_yield()
             else:
-                self._poll.poll()
+                again = None if self.arena is None else self.arena.tend(clock())
+                self._poll.poll(None if again is None else max(0.0, again - clock()) * 1000)
             try:
                 data = recv(size)
             except BlockingIOError:

@@ -3,6 +3,7 @@
     encode_call   > plain pickle          most calls: a method's name, numbers, short strings
     encode_result > _PlainPickler         whatever the receiver can import
                   > ByValuePickler        what it cannot (`byvalue.py`, cloudpickle)
+                    > Arena.put           large buffers and long pickles (`arena.py`)
       on failure  > culprit.find          SerializationError: args[0]['cfg'].lock cannot be pickled
     loads         < all of them
 
@@ -26,25 +27,38 @@ from _pickle import dumps as _dumps
 from _pickle import loads as _loads
 from copyreg import dispatch_table
 from functools import _lru_cache_wrapper
-from io import BytesIO
+
+from rankwise.wire.lending import LENT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from pickle import PickleBuffer
     from typing import Any, Final
+
+    from rankwise.wire.arena import Arena
 
 PROTOCOL: Final = 5
 
 # Objects of exactly these types hold nothing that the plain pickler could get wrong.
-_ATOMS: Final = frozenset({type(None), bool, int, float, str, bytes})
+_ATOMS: Final = frozenset({type(None), bool, int, float, str})
 # Longer containers are not looked into: it would take longer than the pickler it saves (0.7 us).
 _SHORT: Final = 8
 
+# From this size on a buffer travels through the arena, and so does a pickle: bytes.
+LARGE: Final = 128 << 10
+
 
 def encode_call(
-    method: str | Callable[..., object], args: tuple[object, ...], kwargs: dict[str, object]
+    method: str | Callable[..., object],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    arena: Arena | None = None,
+    ranks: Sequence[int] = (0,),
 ) -> bytes:
     """The body of a call: the tuple `(method, args, kwargs)`, pickled.
+
+    What is large goes into `arena`, where there is one, to be read by `ranks`.
 
     Raises SerializationError, with the path to the culprit, whatever went wrong but for MemoryError
     and what is not an `Exception`.
@@ -56,7 +70,7 @@ def encode_call(
             and (not kwargs or (_all_plain(kwargs) and _all_plain(kwargs.values())))
         ):
             return _dumps((method, args, kwargs), PROTOCOL)
-        return dumps((method, args, kwargs))
+        return dumps((method, args, kwargs), arena, ranks)
     except MemoryError:
         raise
     except Exception as error:
@@ -72,10 +86,10 @@ def encode_call(
         raise explain("the arguments", roots, error) from error
 
 
-def encode_result(value: object) -> bytes:
+def encode_result(value: object, arena: Arena | None = None) -> bytes:
     """The body of a result: `value`, pickled. Raises as `encode_call`; the path is `result...`."""
     try:
-        return _dumps(value, PROTOCOL) if _all_plain((value,)) else dumps(value)
+        return _dumps(value, PROTOCOL) if _all_plain((value,)) else dumps(value, arena)
     except MemoryError:
         raise
     except Exception as error:
@@ -88,33 +102,65 @@ def encode_result(value: object) -> bytes:
         raise explain("the result", {"result": value}, error) from error
 
 
-def loads(data: bytes | bytearray | memoryview) -> Any:
+def loads(data: bytes | bytearray | memoryview, arena: Arena | None = None) -> Any:
     """The object that `data` was made from. Raises whatever its unpickling raises.
 
     A class that came by value and is known here (made here, or met in an earlier message) is that
     very class, as it is now: its definition in the message is passed over.
     """
+    if arena is not None and data[0] == LENT:
+        return arena.load(data)
     return _loads(data)
 
 
-def dumps(obj: object) -> bytes:
+def dumps(obj: object, arena: Arena | None = None, readers: Sequence[int] = (0,)) -> bytes:
     """`obj` as bytes, by name where the receiver can import it and by value where it cannot.
 
-    Raises whatever the pickling raises.
+    What is large goes into `arena`, where there is one, to be read by `readers`. Raises whatever
+    the pickling raises.
     """
     try:
-        return _dump(_PlainPickler, obj)
+        return _dump(_PlainPickler, obj, arena, readers)
     except (_Definition, PicklingError, TypeError):
         pass  # a definition, or one of the kinds that only cloudpickle knows (modules, dict views)
     from rankwise.wire.byvalue import ByValuePickler
 
-    return _dump(ByValuePickler, obj)
+    return _dump(ByValuePickler, obj, arena, readers)
 
 
-def _dump(pickler: type[Pickler], obj: object) -> bytes:
-    file = BytesIO()
-    pickler(file, PROTOCOL).dump(obj)
-    return file.getvalue()
+class _Parts:
+    """A file that keeps what is written as it comes: the pickler hands long bytes over uncopied."""
+
+    __slots__ = ("parts", "write")
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.write = self.parts.append
+
+
+def _dump(pickler: Any, obj: object, arena: Arena | None, readers: Sequence[int]) -> bytes:
+    file = _Parts()
+    if arena is None:
+        pickler(file, PROTOCOL).dump(obj)
+        return b"".join(file.parts)
+    buffers: list[memoryview] = []
+
+    def keep(buffer: PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if len(raw) < LARGE:
+            return True  # in the pickle
+        buffers.append(raw)
+        return False
+
+    pickler(file, PROTOCOL, buffer_callback=keep).dump(obj)
+    length = sum(map(len, file.parts))
+    if buffers or length >= LARGE:
+        body = arena.put(file.parts, length, buffers, readers)
+        if body is not None:
+            return body
+        if buffers:
+            return _dump(pickler, obj, None, readers)
+    return b"".join(file.parts)
 
 
 def _all_plain(values: Collection[object]) -> bool:
@@ -125,7 +171,10 @@ def _all_plain(values: Collection[object]) -> bool:
         kind = type(value)
         if kind in _ATOMS:
             continue
-        if kind is tuple or kind is list:
+        if kind is bytes:
+            if len(value) >= LARGE:  # type: ignore[arg-type]
+                return False
+        elif kind is tuple or kind is list:
             inner: Collection[object] = value  # type: ignore[assignment]
             if len(inner) > _SHORT or not _ATOMS.issuperset(map(type, inner)):
                 return False
