@@ -22,7 +22,10 @@ from rankwise.wire.lending import ALIGN, HEAD
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
+    from typing import Any, Final
+
+# Below this a copy is cheaper than a mapping and its page faults: bytes.
+WORTH_MAPPING: Final = 256 << 10
 
 _forks = [0]
 _watching = False
@@ -105,6 +108,8 @@ class Borrower:
         from rankwise.wire.mapping import Mapping
 
         offset, size = HEAD.unpack_from(body)[5:7]
+        if size < WORTH_MAPPING:
+            return self._copy(offset, size)
         try:
             mapping = Mapping(self._fd, offset, size, shared=False)
         except OSError:
@@ -112,25 +117,25 @@ class Borrower:
         return mapping.memory, mapping.view
 
     def _copy(self, offset: int, size: int) -> tuple[Any, memoryview]:
-        copied = _Copy(size)
+        copied = bytearray(size)
         view = memoryview(copied)
-        done = 0
+        done = os.preadv(self._fd, [view], offset)
         while done < size:
             done += os.preadv(self._fd, [view[done:]], offset + done)
         return copied, view
 
     def _lease(self, memory: Any, body: bytes | bytearray | memoryview, sender: int) -> None:
         _, slot, _, _, message, _, _, _ = HEAD.unpack_from(body)
-        finalize(memory, _end, self._row(sender), slot, message, _forks[0]).atexit = False
+        row = self._row(sender)
+        if type(memory) is bytearray:
+            _end(row, slot, message, _forks[0])  # a copy: the block is needed no more
+        else:
+            finalize(memory, _end, row, slot, message, _forks[0]).atexit = False
 
     def close(self) -> None:
         """Map no more. What is mapped stays."""
         self.closed = True
         self._coming = {}
-
-
-class _Copy(bytearray):
-    """Memory that a weak reference can be made to."""
 
 
 def _end(row: memoryview, slot: int, message: int, forks: int) -> None:

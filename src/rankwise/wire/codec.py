@@ -22,7 +22,7 @@ import types
 
 # The C half of `pickle` alone: the Python half imports re, struct and enum, 5 to 10 ms at the start
 # of every worker. `types`, `copyreg` and `functools` come with it.
-from _pickle import Pickler, PicklingError
+from _pickle import PickleBuffer, Pickler, PicklingError
 from _pickle import dumps as _dumps
 from _pickle import loads as _loads
 from copyreg import dispatch_table
@@ -33,7 +33,6 @@ from rankwise.wire.lending import LENT
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
-    from pickle import PickleBuffer
     from typing import Any, Final
 
     from rankwise.wire.arena import Arena
@@ -46,7 +45,7 @@ _ATOMS: Final = frozenset({type(None), bool, int, float, str})
 _SHORT: Final = 8
 
 # From this size on a buffer travels through the arena, and so does a pickle: bytes.
-LARGE: Final = 128 << 10
+LARGE: Final = 64 << 10
 
 
 def encode_call(
@@ -140,9 +139,10 @@ class _Parts:
 
 def _dump(pickler: Any, obj: object, arena: Arena | None, readers: Sequence[int]) -> bytes:
     file = _Parts()
+    parts = file.parts
     if arena is None:
         pickler(file, PROTOCOL).dump(obj)
-        return b"".join(file.parts)
+        return parts[0] if len(parts) == 1 else b"".join(map(_raw, parts))
     buffers: list[memoryview] = []
 
     def keep(buffer: PickleBuffer) -> bool:
@@ -153,14 +153,21 @@ def _dump(pickler: Any, obj: object, arena: Arena | None, readers: Sequence[int]
         return False
 
     pickler(file, PROTOCOL, buffer_callback=keep).dump(obj)
-    length = sum(map(len, file.parts))
+    if len(parts) == 1 and not buffers and len(parts[0]) < LARGE:
+        return parts[0]
+    stream = [*map(_raw, parts)]
+    length = sum(map(len, stream))
     if buffers or length >= LARGE:
-        body = arena.put(file.parts, length, buffers, readers)
+        body = arena.put(stream, length, buffers, readers)
         if body is not None:
             return body
         if buffers:
             return _dump(pickler, obj, None, readers)
-    return b"".join(file.parts)
+    return b"".join(stream)
+
+
+def _raw(part: Any) -> bytes | memoryview:
+    return part if type(part) is bytes else PickleBuffer(part).raw()
 
 
 def _all_plain(values: Collection[object]) -> bool:

@@ -102,7 +102,11 @@ class Lender:
         self._credit = 0
 
     def put(
-        self, stream: list[bytes], length: int, buffers: list[memoryview], receivers: Sequence[int]
+        self,
+        stream: list[bytes | memoryview],
+        length: int,
+        buffers: list[memoryview],
+        receivers: Sequence[int] = (0,),
     ) -> Lent | None:
         """Lend the pickle in `stream` (`length` bytes in all) with its `buffers`: the frame's body.
 
@@ -244,7 +248,11 @@ class Lender:
                 self._punch([loan.fresh])
                 blocks.fail(loan, now)
             self._dropped.popleft()
-        if not blocks.loans:
+        if len(blocks.loans) <= GROUP:
+            for loan in list(blocks.loans.values()):
+                for receiver in list(loan.waiting):
+                    if self._table[receiver][loan.slot] == loan.message:
+                        blocks.home(loan, receiver, now)
             return
         top = max(blocks.loans) + 1
         for receiver, row in self._table.items():
