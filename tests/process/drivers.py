@@ -19,7 +19,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 __all__ = ["SECONDS", "Script", "Watch", "alive", "in_thread", "readable", "until"]
@@ -52,9 +52,16 @@ def readable(fd: int, seconds: float = SECONDS) -> bool:
 class Script:
     """A driver in a process of its own. Its worker output goes to its standard error."""
 
-    def __init__(self, code: str, *argv: str, flags: tuple[str, ...] = (), **options: Any) -> None:
+    def __init__(
+        self,
+        code: str,
+        *argv: str,
+        flags: tuple[str, ...] = (),
+        wrapper: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        command = [sys.executable, *flags, "-c", PRELUDE + textwrap.dedent(code), *argv]
+        command = [*wrapper, sys.executable, *flags, "-c", PRELUDE + textwrap.dedent(code), *argv]
         options.setdefault("stderr", self._errors)
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options

@@ -46,10 +46,14 @@ def _note_fork() -> None:
 
 
 class Received(bytes):
-    """A body whose payload is mapped already: it can be loaded after the arena has closed."""
+    """A body whose payload is mapped already: it can be loaded after the arena has closed.
+
+    memory: what is mapped, until its lease is seen to. view: the payload; None: no room for it.
+    """
 
     memory: Any
-    view: memoryview
+    view: memoryview | None
+    leased: bool
 
 
 class Borrower:
@@ -72,6 +76,8 @@ class Borrower:
             memory, view = self._map(body)
             self._lease(memory, body, sender)
             del memory
+        if view is None:
+            raise MemoryError(f"no memory to map or to copy {size} bytes of payload")
         sizes = memoryview(body)[HEAD.size : HEAD.size + 8 * count].cast("Q")
         buffers = []
         at = 0
@@ -95,26 +101,31 @@ class Borrower:
             received = Received(body)
             received.memory, received.view = self._map(body)
             coming[sequence] = received
-        if received.memory is not None:
+            received.leased = False
+        if not received.leased:
             self._lease(received.memory, body, sender)
             received.memory = None
+            received.leased = True
         return received
 
     def dealt(self, sender: int) -> None:
         """All that was received from `sender` so far is where it belongs."""
         self._coming.pop(sender, None)
 
-    def _map(self, body: bytes | bytearray | memoryview) -> tuple[Any, memoryview]:
-        from rankwise.wire.mapping import Mapping
-
+    def _map(self, body: bytes | bytearray | memoryview) -> tuple[Any, memoryview | None]:
         offset, size = HEAD.unpack_from(body)[5:7]
-        if size < WORTH_MAPPING:
-            return self._copy(offset, size)
         try:
-            mapping = Mapping(self._fd, offset, size, shared=False)
-        except OSError:
-            return self._copy(offset, size)  # too many mappings, or too little address space
-        return mapping.memory, mapping.view
+            if size >= WORTH_MAPPING:
+                from rankwise.wire.mapping import Mapping
+
+                try:
+                    mapping = Mapping(self._fd, offset, size, shared=False)
+                    return mapping.memory, mapping.view
+                except OSError:
+                    pass  # too many mappings, or too little address space
+            return self._copy(offset, size)
+        except MemoryError:
+            return None, None
 
     def _copy(self, offset: int, size: int) -> tuple[Any, memoryview]:
         copied = bytearray(size)
@@ -127,8 +138,8 @@ class Borrower:
     def _lease(self, memory: Any, body: bytes | bytearray | memoryview, sender: int) -> None:
         _, slot, _, _, message, _, _, _ = HEAD.unpack_from(body)
         row = self._row(sender)
-        if type(memory) is bytearray:
-            _end(row, slot, message, _forks[0])  # a copy: the block is needed no more
+        if memory is None or type(memory) is bytearray:
+            _end(row, slot, message, _forks[0])  # a copy, or none: the block is needed no more
         else:
             finalize(memory, _end, row, slot, message, _forks[0]).atexit = False
 
