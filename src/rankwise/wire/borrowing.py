@@ -103,7 +103,10 @@ class Borrower:
             coming[sequence] = received
             received.leased = False
         if not received.leased:
-            self._lease(received.memory, body, sender)
+            try:
+                self._lease(received.memory, body, sender)
+            except OSError:
+                pass  # not even the table can be mapped: the block stays lent
             received.memory = None
             received.leased = True
         return received
