@@ -16,6 +16,7 @@ from rankwise._calls import Closed
 from rankwise._deadline import check_timeout, deadline
 from rankwise._health import RankHealth, health_of
 from rankwise._options import DEFAULTS
+from rankwise._shared_array import make_shared_array
 from rankwise._spec import GroupSpec, check_spec
 from rankwise._views import ManyView, OneView
 from rankwise.backends import launch
@@ -166,6 +167,20 @@ class WorkerGroup(ManyView):
 
     def __iter__(self) -> Iterator[OneView]:
         return (self[rank] for rank in range(self.world_size))
+
+    # -- large payloads -----------------------------------------------------------------------
+
+    def shared_array(self, shape: int | tuple[int, ...], dtype: Any = "float64") -> Any:
+        """A numpy array of zeros in memory that the workers map.
+
+        Passing it, or a contiguous part of it, to a call of this group copies nothing. So do not
+        write to it until the call is done, nor for as long as a worker keeps what it was given;
+        what a worker writes stays its own. It stays valid after the group is closed.
+
+        shape: its dimensions, an int for one. dtype: as numpy has it, without Python objects.
+        Raises MemoryError where there is no room.
+        """
+        return make_shared_array(self._engine, shape, dtype)
 
     # -- how it is ----------------------------------------------------------------------------
 

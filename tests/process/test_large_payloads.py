@@ -57,7 +57,7 @@ def lent(group):
     """How many messages of the driver's are with its ranks, as the arena knows it now."""
     lender = group._engine.arena._lender
     with lender._lock:
-        lender._collect(clock())
+        lender._collect(lender._memory, clock())
         return len(lender._blocks.loans)
 
 
@@ -70,7 +70,7 @@ def lent_by(group, rank):
         from rankwise._deadline import clock
 
         (lender,) = (one for one in gc.get_objects() if type(one).__name__ == "Lender")
-        lender._collect(clock())
+        lender._collect(lender._memory, clock())
         return len(lender._blocks.loans)
 
     return group[rank].call(count)
@@ -329,7 +329,7 @@ def test_a_rank_that_dies_with_an_argument_breaks_the_group_and_nothing_remains(
 
 def memory_of(group):
     """Bytes of memory in the group's file."""
-    return os.fstat(group._engine.arena._lender._fd).st_blocks * 512
+    return os.fstat(group._engine.arena._file.fd).st_blocks * 512
 
 
 def test_a_message_larger_than_the_memory_there_is_fails_alone(monkeypatch):
@@ -436,6 +436,73 @@ def test_five_thousand_small_arrays_in_one_call_need_no_descriptor_each():
     with Script(code) as script:
         assert script.line(60) == {"wrong": [[], []], "here": []}
         assert script.end() == 0
+
+
+# -- shared arrays ----------------------------------------------------------------------------
+
+
+def test_a_shared_array_is_passed_without_a_copy_and_what_a_rank_writes_stays_its_own():
+    with WorkerGroup(Keeper, 2) as group:
+        shared = group.shared_array((4, LARGE), np.uint8)
+        assert shared.shape == (4, LARGE)
+        assert not shared.any()
+        taken = memory_of(group)
+        for number in range(1, 6):
+            shared[:] = number
+            assert group.call("total", shared) == [4 * LARGE * number] * 2
+            assert group[1].call("total", shared[1:3]) == 2 * LARGE * number
+            assert group[0].call("add", shared[2], 1) == LARGE * (number + 1)
+            assert (shared == number).all()
+        assert memory_of(group) <= taken + (2 << 20), "one page a message, of one huge page"
+
+
+def test_a_shared_array_may_be_mixed_with_others_and_sent_in_parts():
+    with WorkerGroup(Keeper, 1) as group:
+        one = group.shared_array(3 * LARGE, "u1")
+        other = group.shared_array((LARGE,), np.int32)
+        one[:] = np.arange(3 * LARGE) % 251
+        other[:] = 7
+        sent = [full(1), one[5:-5], b"x" * LARGE, other, full(2), one[LARGE:], one[::2], one[:10]]
+        got = group[0].call("echo", sent)
+        assert got[2] == sent[2]
+        assert all((a == b).all() for a, b in zip(got, sent, strict=True) if a is not got[2])
+
+
+def test_a_shared_array_that_is_gone_here_lives_as_long_as_a_rank_keeps_it():
+    with WorkerGroup(Keeper, 2) as group:
+        shared = group.shared_array(LARGE, np.uint8)
+        shared[:] = 5
+        group.call("keep", "a", shared[: LARGE // 2])
+        assert lent(group) == 2
+        del shared
+        assert lent(group) == 2
+        for number in range(10):
+            group.call("total", full(number))
+        assert group.call("sums") == [{"a": (5, 5)}] * 2
+        group.call("forget", "a")
+        assert lent(group) == 0
+        again = group.shared_array(LARGE, np.uint8)
+        assert not again.any()
+
+
+def test_an_array_at_the_address_of_a_shared_one_that_has_gone_is_not_taken_for_it():
+    with WorkerGroup(Keeper, 1) as group:
+        for number in range(1, 10):
+            shared = group.shared_array(8 * LARGE, np.uint8)
+            shared[:] = 99
+            del shared
+            assert group[0].call("total", full(number, 8 * LARGE)) == 8 * LARGE * number
+
+
+def test_a_shared_array_outlives_its_group_and_goes_to_another():
+    with WorkerGroup(Keeper, 1) as group:
+        shared = group.shared_array(LARGE, np.uint8)
+    shared[:] = 3
+    with WorkerGroup(Keeper, 1) as other:
+        assert other[0].call("total", shared) == 3 * LARGE
+        with pytest.raises(TypeError, match="Python objects"):
+            other.shared_array(3, object)
+        assert other.shared_array((0, 3)).shape == (0, 3)
 
 
 # -- exceptions out of signal handlers --------------------------------------------------------

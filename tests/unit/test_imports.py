@@ -27,7 +27,7 @@ LAYERS = (
     ("other ways in", "torch", "compat.*", "cli.*", "testing"),
     ("the public names", ""),
     ("the user's verbs", "_group"),
-    ("their parts", "_start", "_views", "_health"),
+    ("their parts", "_start", "_views", "_health", "_shared_array"),
     ("the choice of an engine", "backends"),
     ("engines", "backends.local", "backends.inline", "backends.ray"),
     ("what engines share", "backends.boot", "backends.ending"),
@@ -50,6 +50,7 @@ LAYERS = (
     ("large payloads", "wire.arena"),
     ("their readers", "wire.borrowing"),
     ("their writer", "wire.lending"),
+    ("its memory", "wire.writing"),
     ("its parts", "wire.blocks", "wire.mapping"),
     ("what a rank finds", "_environment"),
     ("what a group is", "_spec"),
@@ -85,6 +86,7 @@ CHILDREN = {
 # The files that may import each, be it in a function. All else is the standard library.
 OTHERS = {
     "cloudpickle": ["wire.byvalue"],
+    "numpy": ["_shared_array"],
     "ray": ["backends.ray"],
     # The drop-in sets torch's threads, as the original does, if torch is there.
     "torch": ["torch", "compat._vllm_environment"],

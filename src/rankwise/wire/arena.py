@@ -18,10 +18,12 @@ A row has one word a slot: the reader writes the number of the message that it h
 from __future__ import annotations
 
 import os
+from errno import EBADF
 from fcntl import F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, fcntl
 
 from rankwise.wire.borrowing import Borrower
 from rankwise.wire.lending import SLOTS, Lender
+from rankwise.wire.writing import File
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ class Arena:
     """One process's end. Maps nothing before the first large payload; owns the descriptor `fd`."""
 
     def __init__(self, fd: int, world_size: int, rank: int | None) -> None:
-        self._fd = fd
+        self._pid = os.getpid()
+        self._file: File | None = File(fd)
         self._world_size = world_size
         self._words: memoryview | None = None
         # Rank r tells the driver of ends in row r, and the driver tells it in row world_size + r.
@@ -67,26 +70,31 @@ class Arena:
             rows = {0: world_size + rank}
         writer = 0 if rank is None else rank + 1
         self._lender = Lender(
-            fd,
+            self._file,
             (writer + 1) * REGION,
             REGION,
             {reader: TABLE + row * ROW for reader, row in rows.items()},
             self._row,
         )
         own = world_size if rank is None else rank
-        self._borrower = Borrower(fd, lambda sender: self._row(TABLE + (own + sender) * ROW))
+        self._borrower = Borrower(
+            self._file, lambda sender: self._row(TABLE + (own + sender) * ROW)
+        )
         self.receive = self._borrower.receive
         self.dealt = self._borrower.dealt
         self.load = self._borrower.load
         self.put = self._lender.put
+        self.share = self._lender.share
         self.tend = self._lender.tend
 
     def _row(self, offset: int) -> memoryview:
-        words = self._words
+        words, file = self._words, self._file
         if words is None:
+            if file is None:
+                raise OSError(EBADF, "the arena is closed")
             from rankwise.wire.mapping import Mapping
 
-            table = Mapping(self._fd, TABLE, 2 * self._world_size * ROW, shared=True)
+            table = Mapping(file.fd, TABLE, 2 * self._world_size * ROW, shared=True)
             self._words = words = table.view.cast("Q")
         first = (offset - TABLE) // 8
         return words[first : first + SLOTS]
@@ -96,8 +104,9 @@ class Arena:
 
         In a forked child too: no lock is taken, which another thread may have held.
         """
-        if not self._lender.closed:
-            self._lender.close()
-            self._borrower.close()
-            self._words = None
-            os.close(self._fd)
+        file, self._file = self._file, None
+        self._words = None
+        self._lender.close()
+        self._borrower.close()
+        if file is not None and self._pid != os.getpid():
+            file.close()

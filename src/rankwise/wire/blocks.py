@@ -33,13 +33,21 @@ class Loan:
 
     slot: a small number that no other open loan has. message: a number that none ever had.
     fresh: the part that has to be reserved before it is touched (whole chunks, may reach past the
-    end), or None.
+    end), or None. uses: other loans that this one's receivers look at too. They wait for its end,
+    under its message's negative.
     """
 
-    __slots__ = ("end", "fresh", "message", "slot", "start", "waiting")
+    __slots__ = ("end", "fresh", "message", "slot", "start", "uses", "waiting")
 
     def __init__(
-        self, message: int, slot: int, start: int, end: int, fresh: Range | None, waiting: set[int]
+        self,
+        message: int,
+        slot: int,
+        start: int,
+        end: int,
+        fresh: Range | None,
+        waiting: set[int],
+        uses: tuple[Loan, ...],
     ) -> None:
         self.message = message
         self.slot = slot
@@ -47,6 +55,7 @@ class Loan:
         self.end = end
         self.fresh = fresh
         self.waiting = waiting
+        self.uses = uses
 
 
 class Blocks:
@@ -63,8 +72,11 @@ class Blocks:
         self._slots = iter(range(slots))
         self._last = 0
 
-    def lend(self, size: int, receivers: Iterable[int]) -> Loan | None:
-        """A block of `size` bytes for `receivers`; None where there is no slot or no room left."""
+    def lend(self, size: int, receivers: Iterable[int], uses: tuple[Loan, ...] = ()) -> Loan | None:
+        """A block of `size` bytes for `receivers`; None where there is no slot or no room left.
+
+        Without receivers the lender itself holds it, under its message's negative.
+        """
         slot = heappop(self._unused) if self._unused else next(self._slots, None)
         if slot is None:
             return None
@@ -75,7 +87,11 @@ class Blocks:
             return None
         start, fresh = place
         self._last += 1
-        loan = Loan(self._last, slot, start, start + size, fresh, set(receivers))
+        message = self._last
+        waiting = set(receivers) or {-message}
+        for used in uses:
+            used.waiting.add(-message)
+        loan = Loan(message, slot, start, start + size, fresh, waiting, uses)
         self.loans[slot] = loan
         return loan
 
@@ -121,7 +137,7 @@ class Blocks:
         loan.waiting.discard(receiver)
         if loan.waiting or self.loans.get(loan.slot) is not loan or loan.fresh is not None:
             return False
-        self._close(loan)
+        self._close(loan, now)
         self._add_free(loan.start, loan.end, now)
         return True
 
@@ -129,15 +145,17 @@ class Blocks:
         """The fresh part of `loan` could not be reserved, and none of it is backed: undo it."""
         if loan.fresh is None or self.loans.get(loan.slot) is not loan:
             return
-        self._close(loan)
+        self._close(loan, now)
         start, top = loan.fresh
         if loan.start < start:
             self._add_free(loan.start, start, now)
         self.returned([(start, top)])
 
-    def _close(self, loan: Loan) -> None:
+    def _close(self, loan: Loan, now: float) -> None:
         del self.loans[loan.slot]
         heappush(self._unused, loan.slot)
+        for used in loan.uses:
+            self.home(used, -loan.message, now)
 
     def idle(self, before: float) -> list[Range]:
         """Take what has been free since `before` or longer, in whole chunks, to be given back.

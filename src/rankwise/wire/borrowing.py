@@ -17,12 +17,14 @@ import os
 from _pickle import loads
 from weakref import finalize
 
-from rankwise.wire.lending import ALIGN, HEAD
+from rankwise.wire.lending import HEAD
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any, Final
+
+    from rankwise.wire.writing import File
 
 # Below this a copy is cheaper than a mapping and its page faults: bytes.
 WORTH_MAPPING: Final = 256 << 10
@@ -46,22 +48,18 @@ def _note_fork() -> None:
 
 
 class Received(bytes):
-    """A body whose payload is mapped already: it can be loaded after the arena has closed.
+    """A body whose payload is mapped already: it can be loaded after the arena has closed."""
 
-    memory: what is mapped, until its lease is seen to. view: the payload; None: no room for it.
-    """
-
-    memory: Any
-    view: memoryview | None
-    leased: bool
+    memories: Sequence[object] = ()  # what is mapped, until its lease is seen to
+    leased = False
+    opened: tuple[list[memoryview], memoryview] | None = None  # None: there was no room for it
 
 
 class Borrower:
-    """Reads from the file `fd`. `row(sender)`: the words by which `sender` is told of an end."""
+    """Reads from `file`. `row(sender)`: the words by which `sender` is told of an end."""
 
-    def __init__(self, fd: int, row: Callable[[int], memoryview]) -> None:
-        self.closed = False
-        self._fd = fd
+    def __init__(self, file: File, row: Callable[[int], memoryview]) -> None:
+        self._file: File | None = file  # None: closed
         self._row = row
         # What has come and is not yet noted as dealt with: by sender, and sequence of the frame.
         self._coming: dict[int, dict[int, Received]] = {}
@@ -69,27 +67,18 @@ class Borrower:
 
     def load(self, body: bytes | bytearray | memoryview, sender: int = 0) -> Any:
         """The object in `body`. Raises what its unpickling raises, and MemoryError."""
-        _, _, count, _, _, _, size, inside = HEAD.unpack_from(body)
         if type(body) is Received:
-            view = body.view
+            if body.opened is None:
+                raise MemoryError("no memory to map or to copy the payload")
+            buffers, stream = body.opened
         else:
-            memory, view = self._map(body)
-            self._lease(memory, body, sender)
-            del memory
-        if view is None:
-            raise MemoryError(f"no memory to map or to copy {size} bytes of payload")
-        sizes = memoryview(body)[HEAD.size : HEAD.size + 8 * count].cast("Q")
-        buffers = []
-        at = 0
-        for length in sizes:
-            at = -(-at // ALIGN) * ALIGN
-            buffers.append(view[at : at + length])
-            at += length
-        if inside:
-            stream = view[size - inside : size]
-        else:
-            stream = memoryview(body)[HEAD.size + 8 * count :]
-        del view
+            try:
+                memories, buffers, stream = self._open(body)
+            except MemoryError:
+                self._lease((), body, sender)
+                raise
+            self._lease(memories, body, sender)
+            del memories
         return loads(stream, buffers=buffers)
 
     def receive(self, body: bytes, sender: int, sequence: int) -> Received:
@@ -99,15 +88,18 @@ class Borrower:
         received = coming.get(sequence)
         if received is None:
             received = Received(body)
-            received.memory, received.view = self._map(body)
+            try:
+                received.memories, buffers, stream = self._open(body)
+                received.opened = buffers, stream
+            except MemoryError:
+                pass  # told to who asks for it, not to who happens to lead
             coming[sequence] = received
-            received.leased = False
         if not received.leased:
             try:
-                self._lease(received.memory, body, sender)
+                self._lease(received.memories, body, sender)
             except OSError:
                 pass  # not even the table can be mapped: the block stays lent
-            received.memory = None
+            received.memories = ()
             received.leased = True
         return received
 
@@ -115,43 +107,64 @@ class Borrower:
         """All that was received from `sender` so far is where it belongs."""
         self._coming.pop(sender, None)
 
-    def _map(self, body: bytes | bytearray | memoryview) -> tuple[Any, memoryview | None]:
-        offset, size = HEAD.unpack_from(body)[5:7]
-        try:
-            if size >= WORTH_MAPPING:
-                from rankwise.wire.mapping import Mapping
+    def _open(
+        self, body: bytes | bytearray | memoryview
+    ) -> tuple[list[object], list[memoryview], memoryview]:
+        """What keeps it mapped, the buffers, and the pickle."""
+        _, _, count, _, _, offset, size, inside = HEAD.unpack_from(body)
+        top = HEAD.size + 16 * count
+        places = memoryview(body)[HEAD.size : top].cast("Q").tolist()
+        memories: list[object] = []
+        own = self._map(offset, size, memories)
+        buffers = []
+        for at, length in zip(places[::2], places[1::2], strict=True):
+            if offset <= at < offset + size:
+                buffers.append(own[at - offset : at - offset + length])
+            else:
+                buffers.append(self._map(at, length, memories))
+        stream = own[size - inside :] if inside else memoryview(body)[top:]
+        return memories, buffers, stream
 
-                try:
-                    mapping = Mapping(self._fd, offset, size, shared=False)
-                    return mapping.memory, mapping.view
-                except OSError:
-                    pass  # too many mappings, or too little address space
-            return self._copy(offset, size)
-        except MemoryError:
-            return None, None
+    def _map(self, offset: int, size: int, memories: list[object]) -> memoryview:
+        file = self._file
+        if file is None:
+            raise MemoryError("the arena is closed")
+        if size >= WORTH_MAPPING:
+            from rankwise.wire.mapping import Mapping
 
-    def _copy(self, offset: int, size: int) -> tuple[Any, memoryview]:
-        copied = bytearray(size)
-        view = memoryview(copied)
-        done = os.preadv(self._fd, [view], offset)
+            try:
+                mapping = Mapping(file.fd, offset, size, shared=False)
+            except OSError:
+                pass  # too many mappings, or too little address space
+            else:
+                memories.append(mapping.memory)
+                return mapping.view
+        view = memoryview(bytearray(size))
+        done = 0
         while done < size:
-            done += os.preadv(self._fd, [view[done:]], offset + done)
-        return copied, view
+            done += os.preadv(file.fd, [view[done:]], offset + done)
+        return view
 
-    def _lease(self, memory: Any, body: bytes | bytearray | memoryview, sender: int) -> None:
+    def _lease(
+        self, memories: Sequence[object], body: bytes | bytearray | memoryview, sender: int
+    ) -> None:
+        """Tell of the end of `body` when all of `memories` have gone; now, where there are none."""
         _, slot, _, _, message, _, _, _ = HEAD.unpack_from(body)
         row = self._row(sender)
-        if memory is None or type(memory) is bytearray:
-            _end(row, slot, message, _forks[0])  # a copy, or none: the block is needed no more
-        else:
-            finalize(memory, _end, row, slot, message, _forks[0]).atexit = False
+        held = [None] * len(memories)
+        if not memories:
+            _end(held, row, slot, message, _forks[0])
+        for memory in memories:
+            finalize(memory, _end, held, row, slot, message, _forks[0]).atexit = False
 
     def close(self) -> None:
         """Map no more. What is mapped stays."""
-        self.closed = True
+        self._file = None
         self._coming = {}
 
 
-def _end(row: memoryview, slot: int, message: int, forks: int) -> None:
-    if forks == _forks[0] and row[slot] < message:
+def _end(held: list[None], row: memoryview, slot: int, message: int, forks: int) -> None:
+    if held:
+        held.pop()
+    if not held and forks == _forks[0] and row[slot] < message:
         row[slot] = message

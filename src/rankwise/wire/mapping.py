@@ -61,6 +61,19 @@ class Mapping:
         self.address = begin + start  # of the first byte of `view`
 
 
+def address_of(view: memoryview) -> int | None:
+    """Where the first byte of `view` lies; None where it is read-only."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(view))
+    except TypeError:
+        return None
+
+
+def clear(address: int, size: int) -> None:
+    """Fill memory with zeros."""
+    ctypes.memset(address, 0, size)
+
+
 def punch(fd: int, start: int, end: int) -> None:
     """Give the memory of this part of the file back; it reads as zeros, and is shared no more."""
     if _fallocate(fd, _PUNCH_HOLE, start, end - start):
