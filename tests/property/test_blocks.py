@@ -36,17 +36,22 @@ class LeasesOfAnArena(RuleBasedStateMachine):
         self.unreserved: list[Loan] = []
         self.leaving: list[tuple[int, int]] = []
         self.messages: set[int] = set()
+        self.uses: dict[int, list[int]] = {}  # message -> the shared memory that it looks at
 
-    def pick(self, data: st.DataObject) -> Loan:
-        loan, _ = self.readers[data.draw(st.sampled_from(sorted(self.readers)))]
-        return loan
-
-    @rule(size=sizes, receivers=ranks, seconds=st.floats(0, 3))
-    def lend(self, size: int, receivers: set[int], seconds: float) -> None:
+    @rule(size=sizes, receivers=ranks | st.just(set()), seconds=st.floats(0, 3), data=st.data())
+    def lend(self, size: int, receivers: set[int], seconds: float, data: st.DataObject) -> None:
+        """Without receivers it is shared memory, which later messages may use."""
         self.now += seconds
-        loan = self.blocks.lend(size, receivers)
+        shared = [m for m, (loan, waiting) in self.readers.items() if -loan.message in waiting]
+        used = data.draw(st.sets(st.sampled_from(sorted(shared)))) if shared and receivers else ()
+        uses = tuple(self.readers[message][0] for message in sorted(used))
+        loan = self.blocks.lend(size, receivers, uses)
         if loan is None:
             return
+        receivers = receivers or {-loan.message}
+        self.uses[loan.message] = [other.message for other in uses]
+        for other in uses:
+            self.readers[other.message][1].add(-loan.message)
         assert loan.end - loan.start >= size
         assert loan.end <= LIMIT
         assert loan.message not in self.messages
@@ -76,6 +81,7 @@ class LeasesOfAnArena(RuleBasedStateMachine):
         if fails:
             self.blocks.fail(loan, self.now)
             self.blocks.fail(loan, self.now)
+            self.end_uses(loan)
         else:
             self.backed |= chunks
             self.blocks.reserved(loan, self.now)
@@ -86,14 +92,30 @@ class LeasesOfAnArena(RuleBasedStateMachine):
     @rule(data=st.data(), seconds=st.floats(0, 3))
     def let_go(self, data: st.DataObject, seconds: float) -> None:
         self.now += seconds
-        loan = self.pick(data)
-        _, waiting = self.readers[loan.message]
-        receiver = data.draw(st.sampled_from(sorted(waiting)))
+        # Those who wait under the negative of another message go when that one ends.
+        who = [
+            (message, receiver)
+            for message, (_, waiting) in self.readers.items()
+            for receiver in waiting
+            if receiver >= 0 or receiver == -message
+        ]
+        if not who:
+            return
+        message, receiver = data.draw(st.sampled_from(sorted(who)))
+        loan, waiting = self.readers[message]
         waiting.discard(receiver)
         assert self.blocks.home(loan, receiver, self.now) is (not waiting)
         if not waiting:
             del self.readers[loan.message]
+            self.end_uses(loan)
             assert not self.blocks.home(loan, receiver, self.now), "told twice, it is freed once"
+
+    def end_uses(self, loan: Loan) -> None:
+        for message in self.uses[loan.message]:
+            _, waiting = self.readers[message]
+            waiting.discard(-loan.message)
+            if not waiting:
+                del self.readers[message]
 
     @rule(data=st.data())
     def idle(self, data: st.DataObject) -> None:
@@ -116,6 +138,11 @@ class LeasesOfAnArena(RuleBasedStateMachine):
     def whoever_may_look_sees_what_was_written_for_him(self) -> None:
         for message, (loan, _) in self.readers.items():
             assert all(self.content[page] == message for page in pages(loan.start, loan.end))
+
+    @invariant()
+    def what_is_lent_is_what_somebody_may_look_at(self) -> None:
+        lent = {loan.message for loan in self.blocks.loans.values()}
+        assert lent == self.readers.keys() | {loan.message for loan in self.unreserved}
 
     @invariant()
     def every_page_has_one_owner(self) -> None:
