@@ -22,6 +22,7 @@ from rankwise._callbacks import Callbacks
 from rankwise._calls import Call, Closed, Error
 from rankwise._deadline import clock, deadline
 from rankwise._environment import cpu_budget
+from rankwise._interrupts import is_interrupt
 from rankwise._keeper import Keeper
 from rankwise._pump import NEVER, Pump
 from rankwise._ranks import Ranks
@@ -189,8 +190,13 @@ class LocalEngine:
     # -- its end: see ending.py ---------------------------------------------------------------
 
     def close(self, timeout: float | None, *, drop: bool = False) -> None:
-        self.pump.check_entry()
-        self.ending.close(timeout, drop=drop)
+        try:
+            self.pump.check_entry()
+            self.ending.close(timeout, drop=drop)
+        except BaseException as error:
+            if is_interrupt(error):
+                self.ending.kill()  # it may have struck before the end had begun
+            raise
 
     def kill(self) -> None:
         self.pump.check_entry()
