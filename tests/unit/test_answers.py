@@ -34,7 +34,7 @@ class FakeRanks:
 
 @pytest.fixture
 def engine():
-    return types.SimpleNamespace(name="gpt", world_size=3, ranks=FakeRanks())
+    return types.SimpleNamespace(name="gpt", world_size=3, ranks=FakeRanks(), arena=None)
 
 
 def make_call(*answers, error=None, **options):

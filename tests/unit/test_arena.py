@@ -134,6 +134,19 @@ def test_a_long_pickle_lies_in_the_arena_and_a_short_one_in_the_frame(pair):
     assert (array == 3).all()
 
 
+@pytest.mark.parametrize(
+    "value",
+    [b"x" * MIB, "y" * MIB, [b"x" * MIB, 1], {"k": "y" * MIB}, (1, bytearray(MIB)), [0.5] * MIB],
+)
+def test_whatever_is_long_lies_in_the_arena(pair, value):
+    body = codec.encode_call("method", (value,), {"k": value}, pair.driver, (0,))
+    assert type(body) is lending.Lent
+    assert codec.loads(pair.sent(body), pair.ranks[0]) == ("method", (value,), {"k": value})
+    result = codec.encode_result(value, pair.ranks[0])
+    assert type(result) is lending.Lent
+    assert codec.loads(pair.sent(result), pair.driver) == value
+
+
 def test_where_nothing_can_be_mapped_a_copy_is_made(pair, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(12, "no more mappings")

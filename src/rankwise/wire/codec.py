@@ -41,6 +41,7 @@ PROTOCOL: Final = 5
 
 # Objects of exactly these types hold nothing that the plain pickler could get wrong.
 _ATOMS: Final = frozenset({type(None), bool, int, float, str})
+_INNER_ATOMS: Final = _ATOMS | {bytes}  # outside of containers these may be large
 # Longer containers are not looked into: it would take longer than the pickler it saves (0.7 us).
 _SHORT: Final = 8
 
@@ -68,7 +69,9 @@ def encode_call(
             and _all_plain(args)
             and (not kwargs or (_all_plain(kwargs) and _all_plain(kwargs.values())))
         ):
-            return _dumps((method, args, kwargs), PROTOCOL)
+            body = _dumps((method, args, kwargs), PROTOCOL)
+            if arena is None or len(body) < LARGE:
+                return body
         return dumps((method, args, kwargs), arena, ranks)
     except MemoryError:
         raise
@@ -88,7 +91,11 @@ def encode_call(
 def encode_result(value: object, arena: Arena | None = None) -> bytes:
     """The body of a result: `value`, pickled. Raises as `encode_call`; the path is `result...`."""
     try:
-        return _dumps(value, PROTOCOL) if _all_plain((value,)) else dumps(value, arena)
+        if _all_plain((value,)):
+            body = _dumps(value, PROTOCOL)
+            if arena is None or len(body) < LARGE:
+                return body
+        return dumps(value, arena)
     except MemoryError:
         raise
     except Exception as error:
@@ -183,14 +190,14 @@ def _all_plain(values: Collection[object]) -> bool:
                 return False
         elif kind is tuple or kind is list:
             inner: Collection[object] = value  # type: ignore[assignment]
-            if len(inner) > _SHORT or not _ATOMS.issuperset(map(type, inner)):
+            if len(inner) > _SHORT or not _INNER_ATOMS.issuperset(map(type, inner)):
                 return False
         elif kind is dict:
             items: dict[object, object] = value  # type: ignore[assignment]
             if (
                 len(items) > _SHORT
                 or not _ATOMS.issuperset(map(type, items))
-                or not _ATOMS.issuperset(map(type, items.values()))
+                or not _INNER_ATOMS.issuperset(map(type, items.values()))
             ):
                 return False
         else:
