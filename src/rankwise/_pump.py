@@ -167,6 +167,8 @@ class Pump:
             with self.lock:
                 if lead.leave(me, call):
                     self.see_to_deaths()
+                elif me.outer is not None:
+                    self._rouse()  # it may be about to sleep over a call that has been settled
         except BaseException as error:
             me.gone = True
             self.kick()

@@ -299,3 +299,28 @@ def test_an_alarms_timeout_bounds_a_wait_and_the_group_goes_on(tmp_path):
         with open(path, "wb") as file:
             file.write(b"x")
         assert in_thread(lambda: group.options(timeout=5).call("echo", 3)).value(8) == [3, 3]
+
+
+def test_a_handler_whose_call_settles_the_waiters_own_does_not_leave_it_asleep():
+    """The handler strikes between the waiter's last look and its sleep, sooner or later."""
+    code = """
+    class Worker:
+        def echo(self, value): return value
+    group = WorkerGroup(Worker, 1, spin=0)
+    def handler(number, frame):
+        try: group.options(timeout=10).call("echo", 2)
+        except RuntimeError: pass
+    signal.signal(signal.SIGALRM, handler)
+    slow = []
+    for turn in range(2000):
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 + turn % 100 * 1e-6)
+        began = time.monotonic()
+        group.call("echo", turn)
+        slow.append(time.monotonic() - began > 0.1)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    group.close()
+    say(slow=sum(slow))
+    """
+    with Script(code) as script:
+        assert script.line(60)["slow"] == 0
+        assert script.end() == 0

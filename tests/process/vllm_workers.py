@@ -45,7 +45,7 @@ class Worker:
             while True:
                 frame = sys._current_frames()[main]
                 while frame is not None:
-                    if frame.f_code.co_name == "_send_all":
+                    if frame.f_code.co_name in ("put", "_send_all"):
                         os.kill(os.getpid(), signal.SIGKILL)
                     frame = frame.f_back
 

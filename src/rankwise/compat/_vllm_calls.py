@@ -38,13 +38,14 @@ def make_call(method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return Call(name, codec.encode_call(sent, args, kwargs), (0,), shape=0)
 
 
-def answered(call: Call, rank: int, pid: int) -> tuple[object, BaseException | None]:
+def answered(call: Call, rank: int, engine: LocalEngine) -> tuple[object, BaseException | None]:
     """(value, exception) of `call`, which the worker has answered. Unpickles."""
     kind, body = call.answers[0]
+    pid = engine.ranks.pid(0)
     if kind == FAILED:
         return None, failure(body, rank, pid, call.method)
     try:
-        return codec.loads(body), None
+        return codec.loads(body, engine.arena), None
     except Exception as reason:
         error = RemoteError(
             f"the result of rank {rank} (pid {pid}) in {call.method} could not be rebuilt here: "

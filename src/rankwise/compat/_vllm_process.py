@@ -247,7 +247,7 @@ class WorkerProcess:
         """(value, exception) of the settled `call`. Unpickles: not under a lock."""
         if call.error is not None:
             return None, self.died(call)
-        return answered(call, self.rank, self._engine.ranks.pid(0))
+        return answered(call, self.rank, self._engine)
 
     # -- its death ----------------------------------------------------------------------------
 
