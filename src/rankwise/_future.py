@@ -9,6 +9,9 @@ The call is the truth; this object is a view of it. `done` follows from the call
 decoded once, by the first who asks for it, in that one's thread. The parts of the standard
 library's Future that only some need (its condition, its waiters) are made when they are first
 touched: that halves what a future costs.
+
+`concurrent.futures.wait` and `as_completed` believe that a state cannot change while they hold the
+condition. A call is settled without it, so what they see is fixed when they take it (`_Standing`).
 """
 
 from __future__ import annotations
@@ -34,6 +37,37 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class _Standing:
+    """The lock of a future's condition, and how the call stands to whoever holds it.
+
+    `wait` looks at the state, looks again to count what is open, and leaves a waiter, all under
+    this lock. If the call were settled for it in between, or were told to a waiter that has already
+    counted it as done, `wait` would never return, or return before the others are done.
+    """
+
+    __slots__ = ("__exit__", "_call", "_is_owned", "_lock", "done", "release", "untold", "waiters")
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._lock: Any = threading.RLock()
+        # The lock's own: no handler can strike between such a C call and the release that it makes.
+        self.release = self._lock.release
+        self.__exit__ = self._lock.__exit__
+        self._is_owned = self._lock._is_owned  # type: ignore[attr-defined]
+        self.done = False  # as it was when the lock was last taken
+        self.waiters: list[Any] = []
+        self.untold: list[Any] = []  # who left a waiter while it was not done: they are to be told
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        taken: bool = self._lock.acquire(blocking, timeout)
+        if taken and self._call.done and not self.done:
+            self.untold = list(self.waiters)
+            self.done = True
+        return taken
+
+    __enter__ = acquire
+
+
 class GroupFuture(Future[T]):
     """The outcome of one call. Made by `submit`, never by hand.
 
@@ -57,11 +91,12 @@ class GroupFuture(Future[T]):
     def __getattr__(self, name: str) -> Any:
         """The standard library's parts, when it first touches them."""
         if name == "_condition":
-            made: object = self.__dict__.setdefault("_condition", threading.Condition())
+            standing = self.__dict__.setdefault("_standing", _Standing(self._call))
+            made: object = self.__dict__.setdefault("_condition", threading.Condition(standing))
             self._engine.watch(self)
             return made
         if name == "_waiters":
-            return self.__dict__.setdefault("_waiters", [])
+            return self.__dict__.setdefault("_standing", _Standing(self._call)).waiters
         if name == "_done_callbacks":
             return self.__dict__.setdefault("_done_callbacks", [])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -69,7 +104,11 @@ class GroupFuture(Future[T]):
     @property
     def _state(self) -> str:  # type: ignore[override]  # read by concurrent.futures.wait, as_completed and repr
         call = self._call
-        if not call.done:
+        done = call.done
+        standing = self.__dict__.get("_standing")
+        if standing is not None and standing._is_owned():
+            done = standing.done
+        if not done:
             return RUNNING if call.begun else PENDING
         return CANCELLED_AND_NOTIFIED if isinstance(call.error, Cancelled) else FINISHED
 
@@ -192,7 +231,8 @@ class GroupFuture(Future[T]):
         try:
             fn(self)
         except BaseException as error:  # also sys.exit: it would end the callbacks of all others
-            if is_interrupt(error):
+            # Handlers strike the main thread alone: on the callback thread it is `fn` that raised.
+            if threading.current_thread() is threading.main_thread() and is_interrupt(error):
                 raise
             LOGGER.exception("exception calling callback for %r", self)
 
@@ -203,7 +243,7 @@ class GroupFuture(Future[T]):
                 return
             self._announced = True
             callbacks = list(self._done_callbacks)
-            for waiter in self._waiters:
+            for waiter in self._standing.untold:
                 self._tell(waiter)
             self._condition.notify_all()
         for fn in callbacks:
