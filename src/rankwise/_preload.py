@@ -32,7 +32,8 @@ else:
     import _signal
 
 LAUNCHER: Final = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from rankwise._launcher import main; main()"
+    "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)];"
+    " from rankwise._launcher import main; main()"
 )
 
 # What a process that has opened one of these holds cannot be shared with a forked child.

@@ -34,7 +34,8 @@ else:
     import _signal  # `signal` makes an enum of every number, which takes 4 ms
 
 BOOT: Final = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from rankwise._worker import main; main()"
+    "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)];"
+    " from rankwise._worker import main; main()"
 )
 
 SIGKILL: Final = int(_signal.SIGKILL)

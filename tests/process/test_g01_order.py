@@ -285,18 +285,19 @@ def test_tasks_of_a_loop_run_in_the_order_in_which_they_submitted(group):
     assert group.call("take_ran") == [submitted] * SIZE
 
 
-def test_a_small_call_does_not_overtake_a_large_one(group):
-    """Megabytes take several writes, and more of them than are sent ahead wait in the driver."""
+def test_a_small_call_does_not_overtake_a_large_one():
+    """Megabytes take longer to send, and more of them than are sent ahead wait in the driver."""
     sizes = [0, 3 << 20, 10, 200_000, 0, 5 << 20, 1] * 4
-    for number, size in enumerate(sizes):
-        group.submit("note", number, bytes(size))
-        group[number % SIZE].submit("note", (number, "small"))
-    for rank, ran in enumerate(group.call("take_ran")):
-        assert ran == [
-            item
-            for number in range(len(sizes))
-            for item in [number, (number, "small")][: 1 + (number % SIZE == rank)]
-        ]
+    with WorkerGroup(Worker, SIZE) as group:
+        for number, size in enumerate(sizes):
+            group.submit("note", number, bytes(size))
+            group[number % SIZE].submit("note", (number, "small"))
+        for rank, ran in enumerate(group.call("take_ran")):
+            assert ran == [
+                item
+                for number in range(len(sizes))
+                for item in [number, (number, "small")][: 1 + (number % SIZE == rank)]
+            ]
 
 
 def test_one_rank_that_is_slow_changes_no_order(group, fifo):

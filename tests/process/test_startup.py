@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -207,3 +210,116 @@ def test_a_start_that_is_struck_between_any_two_steps_leaves_nothing(seed):
     with Script(STRUCK, str(seed)) as script:
         said = script.line(60)
         assert said["after"] == said["before"]
+
+
+class Place:
+    """What a rank finds when it starts."""
+
+    def find(self):
+        return {
+            "cwd": os.getcwd(),
+            "path": list(sys.path),
+            "argv": list(sys.argv),
+            "flags": [sys.flags.optimize, sys.flags.utf8_mode],
+            "stdin": sys.stdin.read(),
+            "here": os.environ.get("ONLY_HERE"),
+        }
+
+    def order(self):
+        return list({f"word {number}" for number in range(50)})
+
+    def draw(self):
+        drawn = [random.random()]
+        for name in ("numpy.random", "torch"):
+            if name in sys.modules:
+                module = sys.modules[name]
+                drawn.append(float(module.rand(1)[0]))
+        return drawn
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_a_rank_has_the_drivers_directory_path_arguments_and_variables(
+    start_method, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "3"])
+    monkeypatch.setenv("ONLY_HERE", "and there")
+    with WorkerGroup(Place, 2, start_method=start_method) as group:
+        for found in group.call("find"):
+            assert found == {
+                "cwd": str(tmp_path),
+                "path": sys.path,
+                "argv": ["train.py", "--steps", "3"],
+                "flags": [sys.flags.optimize, sys.flags.utf8_mode],
+                "stdin": "",
+                "here": "and there",
+            }
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_sets_iterate_alike_on_every_rank(start_method):
+    with WorkerGroup(Place, 3, start_method=start_method) as group:
+        orders = group.call("order")
+    assert orders[0] == orders[1] == orders[2]
+
+
+@pytest.mark.parametrize("preload", [("random",), ("random", "numpy.random")])
+def test_forked_ranks_draw_numbers_of_their_own(preload):
+    if "numpy.random" in preload:
+        pytest.importorskip("numpy")
+    with WorkerGroup(Place, 3, start_method="forkserver", preload=preload) as group:
+        drawn = group.call("draw")
+    assert len(drawn[0]) == len(preload)
+    for column in zip(*drawn, strict=True):
+        assert len(set(column)) == 3
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_files_called_like_the_standard_librarys_harm_no_start(start_method, tmp_path):
+    """In the directory where the driver runs: its own path does not have it, so no rank's does."""
+    for name in ("types", "signal", "select", "struct", "socket", "pickle", "random", "copyreg"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
+    script = tmp_path / "elsewhere" / "script.py"
+    script.parent.mkdir()
+    script.write_text(
+        "from rankwise import WorkerGroup\n"
+        "class Worker:\n"
+        "    def echo(self, value): return value\n"
+        f"with WorkerGroup(Worker, 2, start_method={start_method!r}) as group:\n"
+        "    print(group.call('echo', 5))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=30,
+        check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr, done.returncode) == ("[5, 5]\n", "", 0)
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_the_phases_of_a_start_are_logged_with_rank_and_time(start_method, caplog):
+    class Slow:
+        def __init__(self):
+            time.sleep(0.1)
+
+    with caplog.at_level("INFO", "rankwise"), WorkerGroup(Slow, 2, start_method=start_method):
+        pass
+    said = [record.getMessage() for record in caplog.records]
+    for rank in range(2):
+        mine = [line for line in said if f"rank {rank} (pid " in line]
+        assert any(re.search(r": construct, after \d+\.\d\d s$", line) for line in mine), said
+
+
+def test_a_launcher_that_cannot_fork_spawns_and_says_why(caplog, tmp_path, monkeypatch):
+    (tmp_path / "starts_a_thread.py").write_text(
+        "import threading, time\n"
+        "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with (
+        caplog.at_level("INFO", "rankwise"),
+        WorkerGroup(Place, 2, start_method="forkserver", preload=["starts_a_thread"]) as group,
+    ):
+        assert len(group.call("draw")) == 2
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any("spawned, not forked" in line and "thread" in line for line in said), said

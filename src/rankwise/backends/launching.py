@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 LAUNCHER = (
-    "import sys; sys.path.insert(0, sys.argv[1]); from rankwise._launcher import main; main()"
+    "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)];"
+    " from rankwise._launcher import main; main()"
 )
 
 
