@@ -171,7 +171,7 @@ class GroupFuture(Future[T]):
         if not call.done:
             limit = check_timeout(timeout)
             if not self._engine.wait(call, deadline(limit)):
-                raise timeout_error(call, self._engine, f"nobody waited longer than {limit:g} s")
+                raise timeout_error(call, self._engine, f"waited {limit:g} s, the call goes on")
         if isinstance(call.error, Cancelled):
             raise CancelledError
 
