@@ -214,7 +214,7 @@ class _PlainPickler(Pickler):
 
     def reducer_override(self, obj: object) -> Any:
         kind = type(obj)
-        if not issubclass(kind, _QUESTIONED) and kind.__name__ != "ndarray":
+        if not issubclass(kind, _QUESTIONED) and kind.__name__ not in _SPECIAL:
             return NotImplemented  # nearly always; the rest costs 0.15 us more
         if issubclass(kind, _NAMED) and travels_by_value(obj):
             raise _Definition
@@ -224,6 +224,7 @@ class _PlainPickler(Pickler):
 # By their type and not by isinstance: the __class__ of a proxy may claim anything.
 _NAMED: Final = (type, types.FunctionType, types.MethodType, _lru_cache_wrapper)
 _QUESTIONED: Final = (*_NAMED, BaseException)
+_SPECIAL: Final = frozenset({"ndarray", "Tensor", "Parameter", "UntypedStorage"})
 
 
 def travels_by_value(obj: Any) -> bool:
@@ -276,9 +277,10 @@ def _self_and_parents(name: str) -> list[str]:
 def reduce_specially(obj: object) -> Any:
     """What to pickle in place of `obj`, or NotImplemented where it knows best itself.
 
-    Two kinds do not. An array that is read-only here would be read-only there, but what is received
-    is the receiver's own. An exception would be made anew by calling its class with its `args`,
-    which fails, or doubles its message, where `__init__` takes something else than it passes on.
+    Three kinds do not. An array that is read-only here would be read-only there, but what is
+    received is the receiver's own. torch copies a tensor's memory into the pickle. An exception
+    would be made anew by calling its class with its `args`, which fails, or doubles its message,
+    where `__init__` takes something else than it passes on.
     """
     kind = type(obj)
     if issubclass(kind, BaseException):
@@ -286,6 +288,22 @@ def reduce_specially(obj: object) -> Any:
     if kind is getattr(sys.modules.get("numpy"), "ndarray", None):
         array: Any = obj
         return NotImplemented if array.flags.writeable else array.copy("K").__reduce_ex__(PROTOCOL)
+    if kind.__name__ in _SPECIAL and kind.__module__.startswith("torch"):
+        return _reduce_torch(obj)
+    return NotImplemented
+
+
+def _reduce_torch(obj: object) -> Any:
+    kind = type(obj)
+    torch = sys.modules.get("torch")
+    if kind is getattr(torch, "Tensor", None) or kind is sys.modules["torch.nn"].Parameter:
+        from rankwise.wire.tensors import reduce_tensor
+
+        return reduce_tensor(obj)
+    if kind is getattr(torch, "UntypedStorage", None):
+        from rankwise.wire.tensors import reduce_storage
+
+        return reduce_storage(obj)
     return NotImplemented
 
 
