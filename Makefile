@@ -11,14 +11,15 @@ comma := ,
 TEST := test$(if $(filter 0,$(TORCH)),,$(comma)test-torch)
 N ?= 50
 
-.PHONY: help demo test check bench soak clean
+.PHONY: help demo test check bench bench-peers soak clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    a real transformer, split over worker processes, writes a text"
 	@echo "make test    all tests"
 	@echo "make check   lint, types, import rules, unit and contract tests: what to run before a commit"
-	@echo "make bench   what a call costs, beside the floor and the alternatives"
+	@echo "make bench   what a call costs, beside the floor and the alternatives; plots in docs/benchmarks"
+	@echo "make bench-peers   install the alternatives that are not in the standard library"
 	@echo "make soak    the process and fault tests N=$(N) times, until one fails"
 	@echo "make clean   remove .venv and all caches"
 
@@ -41,7 +42,10 @@ check:
 
 bench:
 	$(INSTALL) bench
-	@$(BIN)/python benchmarks/run.py $(ARGS)
+	@$(BIN)/python benchmarks/run.py --out docs/benchmarks $(ARGS)
+
+bench-peers:
+	$(INSTALL) bench,bench-peers
 
 soak:
 	$(INSTALL) $(TEST)

@@ -1,0 +1,49 @@
+"""The plots of the benchmark, as PNG and SVG: shapes and labels as well as colours, log scales."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+# Okabe and Ito's palette, which is told apart with any kind of colour vision.
+COLORS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#999999")
+MARKERS = "so^vDPX*"
+
+
+def plot_calls(results: dict[int, dict[str, list[float]]], machine: str, folder: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    sizes = list(results)
+    for index, name in enumerate(next(iter(results.values()))):
+        us = [statistics.median(found[name]) * 1e6 for found in results.values()]
+        axes.plot(sizes, us, color=COLORS[index % 8], marker=MARKERS[index % 8], label=name)
+    axes.set(
+        xscale="log", yscale="log", xlabel="ranks", ylabel="microseconds a call (median)",
+        title=f"One call to all ranks, and all answers\n{machine}",
+    )  # fmt: skip
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.grid(True, alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, folder / "calls")
+
+
+def plot_sweep(swept: dict[int, float], machine: str, folder: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    axes.plot(list(swept), [rate / 1e9 for rate in swept.values()], color=COLORS[1], marker="o")
+    axes.set(
+        xscale="log", yscale="log", xlabel="bytes in one array", ylabel="GB a second to one rank",
+        title=f"Throughput of arguments\n{machine}",
+    )  # fmt: skip
+    axes.grid(True, alpha=0.3)
+    _save(figure, folder / "throughput")
+
+
+def _save(figure: plt.Figure, path: Path) -> None:
+    for kind in ("png", "svg"):
+        figure.savefig(path.with_suffix(f".{kind}"), dpi=150)
+    plt.close(figure)
