@@ -235,8 +235,7 @@ class Ledger:
                 if isinstance(cause, Closed):
                     call.error = cause
                 elif isinstance(cause, Lost):
-                    mine = cause.rank in call.ranks and cause.rank not in call.answers
-                    call.error = cause if mine else Broken(cause)
+                    call.error = cause if cause.rank in call.ranks else Broken(cause)
                 else:
                     call.error = Broken(cause)
                 self._finish(call)
