@@ -107,7 +107,14 @@ class Lead:
             self.sleepers.pop(me, None)
             if call.watchers and not call.done:
                 call.watchers.remove(me.gate.release)  # who polls a future leaves nothing in it
-        return self.leader is me and self.hand_on()
+        return self.end(me)
+
+    def end(self, me: Waiter) -> bool:
+        """`me` leads no longer, if it did. Whether nobody leads now who did before."""
+        if self.current() is not me:
+            return False
+        self.leader = me  # past a handler's own wait, inside this one, that was struck
+        return self.hand_on()
 
     def hand_on(self) -> bool:
         """The leader leads no more: a sleeper does, or what is open is armed for (True)."""

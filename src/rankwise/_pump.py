@@ -166,7 +166,7 @@ class Pump:
                         break
             with self.lock:
                 if lead.leave(me, call):
-                    self.see_to_deaths()
+                    self.see_to_rest()
                 elif me.outer is not None:
                     self._rouse()  # it may be about to sleep over a call that has been settled
         except BaseException as error:
@@ -186,9 +186,10 @@ class Pump:
     def _arm_keeper(self, armed: bool) -> None:
         self.outer.modify(self.ready_fd, IN if armed else 0)
 
-    def see_to_deaths(self) -> None:
-        """The lead has ended: the keeper found somebody leading, who left without burying them."""
-        if self.sockets.deaths:
+    def see_to_rest(self) -> None:
+        """The lead has ended. What nobody is woken for is the keeper's: deaths that it left to a
+        leader who has gone, and bytes that one struck had taken off the sockets."""
+        if self.sockets.deaths or self.lead.stranded:
             self.kick()
 
     def led_by_loop(self, call: Call, led: bool) -> None:
@@ -202,7 +203,7 @@ class Pump:
             self.sockets.flush_all()
             lead = self.lead
             if (lead.leader is None or lead.current() is not lead.leader) and lead.hand_on():
-                self.see_to_deaths()
+                self.see_to_rest()
         if lead.stranded:
             self.lead_once()
         self.tell()
@@ -220,8 +221,8 @@ class Pump:
                 self._recover()
             self._serve(self._ready.poll(0))
             with self.lock:
-                if lead.leader is me and lead.hand_on():
-                    self.see_to_deaths()
+                if lead.end(me):
+                    self.see_to_rest()
         except BaseException:
             me.gone = True
             self.kick()

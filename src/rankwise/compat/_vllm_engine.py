@@ -75,7 +75,7 @@ def submit_call(engine: LocalEngine, call: Call, awaited: bool) -> Error | None:
                 call.led = False  # it is long, or there is a queue: the keeper has to push it out
             if pump.lead.leader is me:
                 if pump.lead.hand_on():
-                    pump.see_to_deaths()
+                    pump.see_to_rest()
             elif not call.led:
                 pump.lead.rearm()
     except BaseException:
