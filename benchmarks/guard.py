@@ -1,0 +1,43 @@
+"""The guard of the call path: fails where a call has become a thread hop slower.
+
+    python benchmarks/guard.py
+
+A call to one rank is compared with the floor in the same moment, and again, up to seven times,
+until one comparison is below LIMIT. A call takes about 2.5 times the floor; a wake-up of another
+thread on its way would add two to ten floors. Noise only ever makes a comparison worse, so the best
+one counts.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from calls import Echo, measure_floor, timed
+
+from rankwise import WorkerGroup
+
+LIMIT = 4.0  # times the floor
+TRIES = 7
+SECONDS = 0.3
+
+
+def main() -> int:
+    seen = []
+    with WorkerGroup(Echo, 1) as group:
+        call = timed(lambda number: group.call(Echo.echo, number))
+        call(SECONDS)  # warm up
+        for _ in range(TRIES):
+            seen.append(call(SECONDS) / measure_floor(1, SECONDS))
+            if seen[-1] < LIMIT:
+                break
+    said = ", ".join(f"{ratio:.1f}" for ratio in seen)
+    slow = min(seen) >= LIMIT
+    print(f"speed guard: a call takes {said} times the floor ({LIMIT:g} is too slow)")
+    return int(slow)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
