@@ -130,7 +130,9 @@ class Keeper:
         with pump.lock:
             owed = list(pump.ledger.owed())
         for rank, call in owed:
-            if pump.sockets.quiet(rank) and ranks.state(rank)[0] == "idle":
+            # A rank that has read its call, and got no CPU to say so, has an idle page too.
+            idle = ranks.state(rank)[0] == "idle" and ranks.asleep(rank)
+            if idle and pump.sockets.quiet(rank):
                 first = self._suspects.get(rank)
                 suspects[rank] = first if first and first[0] == call.id else (call.id, served)
         for rank, (call_id, before) in suspects.items():
