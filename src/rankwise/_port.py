@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from rankwise._pump import Pump
 
 
+TURN = 200e-6  # seconds for which a loop's other tasks may have to wait while it polls
+
+
 class Port:
     """What one event loop waits for. All but `settled` and `arm` runs in the loop's thread."""
 
@@ -37,6 +40,7 @@ class Port:
         self._epoll = select.epoll()
         self._epoll.register(pump.ready_fd, 0)
         self._armed = False
+        self._turn = 0.0  # when the loop is to run its other tasks
         loop.add_reader(self._epoll.fileno(), self._readable)
 
     def arm(self, armed: bool) -> None:
@@ -49,16 +53,21 @@ class Port:
     def wait(self, call: Call) -> Generator[object, None, None]:
         """Wait in the loop until `call` is settled."""
         pump = self._pump
-        # Poll first, as a thread would; but between two looks the loop runs its other tasks.
+        # Poll first, as a thread would; but now and then the loop runs its other tasks, also where
+        # every call is answered at once.
         with pump.lock:
             pump.led_by_loop(call, True)
-        began = clock()
+        began = now = clock()
         until = began + pump.spin.budget
         try:
-            while not call.done and clock() < until:
-                pump.lead_once()
-                if not call.done:
+            settled = False
+            while now < until and not settled:
+                settled = pump.wait(call, min(until, self._turn))
+                now = clock()
+                if now >= self._turn:
                     yield None
+                    now = clock()
+                    self._turn = now + TURN
         except BaseException:  # the task was cancelled
             with pump.lock:
                 pump.led_by_loop(call, False)

@@ -187,7 +187,9 @@ class DriverChannel:
         at = 0
         size = len(data)
         while size - at >= HEADER_SIZE:
-            kind, _, sequence, call_id, length = check_header(data, at)
+            magic, kind, _, sequence, call_id, length = unpack_header(data, at)
+            if magic != MAGIC or length > MAX_BODY:
+                check_header(data, at)  # says what is wrong
             end = at + HEADER_SIZE + length
             if end > size:
                 self._check_begun(sequence, found)
