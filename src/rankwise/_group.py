@@ -114,6 +114,8 @@ class WorkerGroup(ManyView):
         """
         from rankwise._start import GroupStart  # asyncio: 30 ms
 
+        for name in options.keys() - (check_spec.__kwdefaults__ or {}).keys():
+            raise TypeError(f"WorkerGroup.start() got an unexpected keyword argument {name!r}")
         group = cls.__new__(cls)
         return GroupStart(check_spec(target, world_size, **options), group._adopt)
 
