@@ -118,9 +118,8 @@ class GroupFuture(Future[T]):
         return self._call.shape
 
     def __repr__(self) -> str:
-        return (
-            f"<GroupFuture of {self._call.method}() on {self._engine.name}: {self._state.lower()}>"
-        )
+        state = "cancelled" if self.cancelled() else self._state.lower()
+        return f"<GroupFuture of {self._call.method}() on {self._engine.name}: {state}>"
 
     def done(self) -> bool:
         return self._call.done
