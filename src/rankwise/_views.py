@@ -165,8 +165,7 @@ class View:
         if not engine.wait(call, until):
             owed = engine.owed()
             lines = [
-                f"\n  rank {rank}: owes the answer to {owing.method}() (call {owing.id})"
-                for rank, owing in list(owed.items())[:16]
+                f"\n  rank {rank}: owes {c.method}() (call {c.id})" for rank, c in owed.items()
             ]
             raise CallTimeout(
                 f"flush({timeout:g}) of {engine.name} has waited its {timeout:g} s, and the calls "

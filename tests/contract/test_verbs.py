@@ -121,7 +121,7 @@ def test_flush_waits_for_all_that_was_submitted_and_raises_nothing(group, gate):
         group.flush(timeout=0.05)
     assert caught.value.missing == (1,)
     assert "flush(0.05) of workers has waited its 0.05 s" in str(caught.value)
-    assert "\n  rank 1: owes the answer to pass_gate() (call " in str(caught.value)
+    assert "\n  rank 1: owes pass_gate() (call " in str(caught.value)
     opener = threading.Thread(target=gate.open, args=(1,))
     opener.start()
     group.flush()
