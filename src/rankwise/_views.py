@@ -209,8 +209,8 @@ class View:
         timeout: seconds from the submission to the call's deadline; CallTimeout after it.
         reply_from: all ranks run, this rank's value is the result; the others' are not sent.
         return_exceptions: exceptions come as values, in place; waits for every rank.
-        on_error: "fail": after one rank's failure the others have `grace` seconds, then the group
-            breaks; "continue": they are left. By default "fail" for several ranks.
+        on_error: "fail": after one rank's failure the others have `grace` seconds (default 30),
+            then the group breaks; "continue": they are left. By default "fail" for several ranks.
         """
         made = self._options.changed(
             self._ranks, timeout, reply_from, return_exceptions, on_error, grace
