@@ -98,9 +98,14 @@ def explain(
             assert call is not None
             return timeout_error(call, engine, "its deadline passed", missing)
         case Closed(exiting=exiting):
-            why = "the interpreter is exiting" if exiting else "the group is closed"
-            what = "takes no more calls" if call is None else f"{call.method}() was not answered"
-            return GroupClosed(f"{engine.name}: {why}: {what}")
+            if call is not None:
+                why = "the interpreter is exiting" if exiting else "the group was closed"
+                text = f"{call.method}() of {engine.name} was not answered: {why}"
+            elif exiting:
+                text = f"{engine.name} takes no more calls: the interpreter is exiting"
+            else:
+                text = f"{engine.name} is closed and takes no more calls: make a new group"
+            return GroupClosed(text)
         case Cancelled():
             return WorkerGroupError(f"{engine.name}: the call was cancelled")
         case Lost() if call is not None and (rank is None or rank == error.rank):
@@ -120,9 +125,9 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
         case Stuck(call=call, failed=rank, body=body, missing=missing):
             first = failure(body, rank, engine.ranks.pid(rank), call.method)
             text = (
-                f"{engine.name}: rank {rank} failed in {call.method}() "
-                f"({type(first).__name__}: {first}) and "
-                f"{_ranks(missing)} had not left it {call.grace:g} s later (option grace)"
+                f"{engine.name}: rank {rank} (pid {engine.ranks.pid(rank)}) failed in "
+                f"{call.method}() ({type(first).__name__}: {first}), and {_ranks(missing)} had not "
+                f"returned from it {call.grace:g} s later (option grace)"
             )
         case Garbled(rank=at, reason=reason):
             where = "the launcher" if at < 0 else f"rank {at} (pid {engine.ranks.pid(at)})"

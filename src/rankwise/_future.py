@@ -118,9 +118,8 @@ class GroupFuture(Future[T]):
         return self._call.shape
 
     def __repr__(self) -> str:
-        return (
-            f"<GroupFuture of {self._call.method}() on {self._engine.name}: {self._state.lower()}>"
-        )
+        state = "cancelled" if self.cancelled() else self._state.lower()
+        return f"<GroupFuture of {self._call.method}() on {self._engine.name}: {state}>"
 
     def done(self) -> bool:
         return self._call.done
@@ -148,7 +147,7 @@ class GroupFuture(Future[T]):
         timeout: this waiter's patience, seconds. CallTimeout after it; the call goes on and the
         future stays open.
         """
-        self._wait(timeout)
+        self._wait("result", timeout)
         self._decode()
         self._fetched = True
         if self._error is not None:
@@ -161,17 +160,20 @@ class GroupFuture(Future[T]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What the call raised, or None. `timeout` as in `result`."""
-        self._wait(timeout)
+        self._wait("exception", timeout)
         self._decode()
         self._fetched = True
         return self._error
 
-    def _wait(self, timeout: float | None) -> None:
+    def _wait(self, verb: str, timeout: float | None) -> None:
         call = self._call
         if not call.done:
             limit = check_timeout(timeout)
             if not self._engine.wait(call, deadline(limit)):
-                raise timeout_error(call, self._engine, f"waited {limit:g} s, the call goes on")
+                assert limit is not None  # without a limit it would still wait
+                waited = f"its {limit:g} s" if limit > 0 else "no longer"
+                why = f"{verb}({limit:g}) has waited {waited}, and the call goes on"
+                raise timeout_error(call, self._engine, why)
         if isinstance(call.error, Cancelled):
             raise CancelledError
 

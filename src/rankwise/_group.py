@@ -1,7 +1,7 @@
 """WorkerGroup and its views: the verbs of a user. It wires the parts and decides nothing.
 
-group.call(f, x) > View._call: resolve, encode > Engine.run > take > value
-group.submit     > View._call                  > Engine.submit > GroupFuture
+group.call(f, x) > View._make: resolve, encode > View._run > Engine.run > take > value
+group.submit     > View._make                  > View._submit > Engine.submit > GroupFuture
 group[2:6], group.options(...) > another View of the same engine
 """
 
@@ -48,9 +48,12 @@ class WorkerGroup(ManyView):
     name: shows in process titles, logs and errors.
     env: variables for the workers: a mapping, a list of mappings (one a rank), or a function of
         RankInfo. In place before any user import there; the driver's environment is not touched.
-    devices: None, "shared", "isolated", or a list of indices or UUIDs, one a rank.
+    devices: None leaves visibility alone; "shared": all stay visible, `worker_info().device` is the
+        local rank; "isolated": one visible device a rank; a list of indices or UUIDs: one a rank.
     threads: "auto" (CPUs of this process // ranks), an int, or None: for OMP, MKL, OpenBLAS, torch.
-    start_method: "spawn", or "forkserver": forked from a launcher that has imported `preload`.
+    start_method: "spawn", or "forkserver": forked from a launcher that has imported `preload`, or
+        spawned, with the reason logged, where it is not clean after that.
+    preload: names of modules, for "forkserver".
     start_timeout: seconds until every rank is ready; None waits.
     logs: "prefix", "inherit" or "off": how the workers' output is shown.
     on_failure: called once, on the callback thread, with the GroupBroken.
@@ -114,6 +117,8 @@ class WorkerGroup(ManyView):
         """
         from rankwise._start import GroupStart  # asyncio: 30 ms
 
+        for name in options.keys() - (check_spec.__kwdefaults__ or {}).keys():
+            raise TypeError(f"WorkerGroup.start() got an unexpected keyword argument {name!r}")
         group = cls.__new__(cls)
         return GroupStart(check_spec(target, world_size, **options), group._adopt)
 

@@ -16,7 +16,7 @@ import threading
 import warnings
 from _pickle import loads as plain_loads
 
-from rankwise._calls import Closed
+from rankwise._calls import Broken, Expired, Lost
 from rankwise._deadline import clock
 
 TYPE_CHECKING = False
@@ -108,15 +108,24 @@ def log_unfetched(future: GroupFuture[Any]) -> None:
     failed = call.failure()
     if failed is not None and not call.return_exceptions:
         _log("nobody fetched the exception of", call, *failed)
-    elif call.error is not None and not isinstance(call.error, Closed):
-        logger.error(
-            "nobody fetched the failure of %s(): %s", call.method, type(call.error).__name__
-        )
+        return
+    match call.error:  # in words that need no lock and no unpickling: this runs in a finalizer
+        case Expired():
+            what = "CallTimeout"
+        case Lost(rank=rank):
+            what = f"WorkerDied: rank {rank}"
+        case Broken(cause=Lost(rank=rank)):
+            what = f"GroupBroken: rank {rank} died"
+        case Broken():
+            what = "GroupBroken"
+        case _:
+            return
+    logger.error("nobody fetched the exception of %s(): %s", call.method, what)
 
 
 def log_failure(call: Call, rank: int, body: bytes) -> None:
     """Log a failure that came after its call had its outcome."""
-    _log("after the call had its outcome came the failure of", call, rank, body)
+    _log("not raised, for its call was settled already: the exception of", call, rank, body)
 
 
 def _log(what: str, call: Call, rank: int, body: bytes) -> None:

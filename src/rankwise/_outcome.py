@@ -17,6 +17,7 @@ from rankwise.wire import codec
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from types import FrameType
 
 
 class Ok:
@@ -54,7 +55,7 @@ def encode_failure(failed: Failed, where: str = "") -> bytes:
     """The body of a FAILED frame; `where`: the method, with its class. Never raises: what cannot
     travel goes as text."""
     error = failed.error
-    text = _format(error)
+    text = format_traceback(error)
     name = _type_name(type(error))
     try:
         message = str(error)
@@ -82,17 +83,22 @@ def _pickled(error: BaseException) -> bytes | None:
     return data
 
 
-def _format(error: BaseException) -> str:
+def format_traceback(error: BaseException) -> str:
+    """The traceback of `error`, from the user's own code on. Never raises."""
     import traceback  # 8 ms, and only a failure needs it
 
     try:
-        # The first entry is `capture` above: the reader did not write it.
         trace = error.__traceback__
-        if trace is not None and trace.tb_frame.f_code is capture.__code__:
+        while trace is not None and trace.tb_next is not None and _is_ours(trace.tb_frame):
             trace = trace.tb_next
         return "".join(traceback.format_exception(type(error), error, trace))
     except BaseException:
         return f"(the traceback of a {type(error).__name__} could not be written)"
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Whether it is what calls the user's code: the reader of a traceback did not write it."""
+    return frame.f_globals.get("__name__") in (__name__, "rankwise._worker")
 
 
 def _type_name(cls: type[BaseException]) -> str:

@@ -72,7 +72,7 @@ def _import(names: Sequence[str], sys_path: Sequence[str]) -> None:
         except BaseException:  # SystemExit too: it is the module that failed, not the launcher
             import traceback
 
-            text = traceback.format_exc()
+            text = traceback.format_exc().rstrip()
             raise PreloadFailed(f"preload: importing {name!r} failed\n{text}") from None
 
 
@@ -82,17 +82,18 @@ def why_not_fork() -> str | None:
     while (threads := len(os.listdir("/proc/self/task"))) > 1 and clock() < until:
         select.select((), (), (), 0.001)
     if threads > 1:
-        return f"{threads - 1} more {'thread runs' if threads == 2 else 'threads run'} in it"
+        runs = "thread runs" if threads == 2 else "threads run"
+        return f"{threads - 1} more {runs} in the launcher"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        return "torch has a CUDA context in it"
+        return "torch has a CUDA context in the launcher"
     for fd in os.listdir("/proc/self/fd"):
         try:
             path = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
             continue  # the directory that is being listed
         if path.startswith(DEVICES):
-            return f"{path} is open in it"
+            return f"{path} is open in the launcher"
     return None
 
 

@@ -3,7 +3,7 @@
     Ledger.next_to_send > flush > DriverChannel ==frame==> worker
     Ledger.reply        < pull  < DriverChannel <==frame== worker
 
-`flush` needs the group's lock, `pull` and `bury` the lead (see `_pump.py`); all may be cut short
+`flush` needs the group's lock, `pull` and `bury` the lead (see `_lead.py`); all may be cut short
 by an exception out of a signal handler and are then done again by whoever comes next.
 """
 

@@ -42,7 +42,8 @@ class Spin:
             self._short = short
 
     def __str__(self) -> str:
-        return f"{'auto, ' if self.learns else ''}{self.budget * 1e6:.0f} us"
+        budget = f"{self.budget * 1e6:.0f} us"
+        return f"auto ({budget} now)" if self.learns else budget
 
 
 def spin_for(wish: float | str, processes: int, cpus: int) -> Spin:

@@ -47,10 +47,9 @@ def make_status(world_size: int) -> int:
 class StatusPage:
     """The pages of a group, mapped; without a descriptor plain memory (ranks that are threads)."""
 
-    __slots__ = ("_map", "_words", "world_size")
+    __slots__ = ("_map", "_words")
 
     def __init__(self, world_size: int, fd: int | None = None) -> None:
-        self.world_size = world_size
         size = PAGE * world_size
         self._map = mmap.mmap(-1 if fd is None else fd, size)
         self._words = memoryview(self._map).cast("Q")
@@ -61,9 +60,6 @@ class StatusPage:
 
     def get(self, rank: int, word: int) -> int:
         return self._words[rank * WORDS + word]
-
-    def phase(self, rank: int) -> str:
-        return PHASES[self.get(rank, PHASE)]
 
     def cancel(self, rank: int, call_id: int) -> None:
         """Tell `rank` that call `call_id`, which is under way to it, was cancelled."""

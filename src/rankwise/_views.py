@@ -11,7 +11,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from rankwise._answers import explain, take
 from rankwise._calls import Call
-from rankwise._checks import wrong_type
+from rankwise._checks import one_a_rank, wrong_type
 from rankwise._deadline import check_timeout, deadline
 from rankwise._future import GroupFuture
 from rankwise._methods import resolve_method
@@ -108,9 +108,7 @@ class View:
         name, sent = resolve_method(method)
         if isinstance(parts, (str, bytes, dict, set, frozenset)) or not hasattr(parts, "__len__"):
             raise wrong_type("parts", "a sequence with one item a rank", parts)
-        size = len(self._ranks)
-        if len(parts) != size:
-            raise ValueError(f"parts must have one item a rank, {size}, not {len(parts)}")
+        one_a_rank("parts", parts, len(self._ranks))
         arena = self._engine.arena
         bodies = {
             rank: encode_call(sent, (part, *args), kwargs, arena, (rank,))
@@ -166,10 +164,12 @@ class View:
         engine.barrier(call)
         if not engine.wait(call, until):
             owed = engine.owed()
-            first = next(iter(owed.values()), None)
-            what = "" if first is None else f", {first.method}() (call {first.id}) among them"
+            lines = [
+                f"\n  rank {rank}: owes {c.method}() (call {c.id})" for rank, c in owed.items()
+            ]
             raise CallTimeout(
-                f"{engine.name}: {len(owed)} ranks still owe answers after {timeout:g} s{what}",
+                f"flush({timeout:g}) of {engine.name} has waited its {timeout:g} s, and the calls "
+                f"go on; waiting for {len(owed)} of {engine.world_size} ranks{''.join(lines)}",
                 method="flush",
                 missing=tuple(owed),
             )
@@ -209,8 +209,8 @@ class View:
         timeout: seconds from the submission to the call's deadline; CallTimeout after it.
         reply_from: all ranks run, this rank's value is the result; the others' are not sent.
         return_exceptions: exceptions come as values, in place; waits for every rank.
-        on_error: "fail": after one rank's failure the others have `grace` seconds, then the group
-            breaks; "continue": they are left. By default "fail" for several ranks.
+        on_error: "fail": after one rank's failure the others have `grace` seconds (default 30),
+            then the group breaks; "continue": they are left. By default "fail" for several ranks.
         """
         made = self._options.changed(
             self._ranks, timeout, reply_from, return_exceptions, on_error, grace

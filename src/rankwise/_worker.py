@@ -29,7 +29,7 @@ from rankwise._messages import (
     WANT_VALUE,
 )
 from rankwise._methods import method_name
-from rankwise._outcome import Failed, Ok, capture, encode_failure
+from rankwise._outcome import Failed, Ok, capture, encode_failure, format_traceback
 from rankwise._rankinfo import RankInfo
 from rankwise._spin import Spin
 from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SINCE
@@ -210,10 +210,7 @@ def _leave(worker: object) -> None:
 
 
 def _print_error(what: str, error: BaseException) -> None:
-    import traceback
-
-    print(what, file=sys.stderr)
-    traceback.print_exception(type(error), error, error.__traceback__)
+    print(what, format_traceback(error), sep="\n", end="", file=sys.stderr)
 
 
 # -- the process ------------------------------------------------------------------------------

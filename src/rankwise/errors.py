@@ -3,12 +3,12 @@
 WorkerGroupError(RuntimeError)
   StartupError          a rank did not become ready
     StartupTimeout      (also TimeoutError) the ranks were not ready in time
-      GroupBroken           (also concurrent.futures.BrokenExecutor) the group failed; see `.first`
-    WorkerDied          (also ChildProcessError) a rank's process ended under an open call
+  GroupBroken           (also concurrent.futures.BrokenExecutor) the group failed; see `.first`
+    WorkerDied          (also ChildProcessError) a rank's process ended
   GroupClosed           the caller closed the group
   RemoteError           what a worker raised, as text: the cause of what the caller catches
-CallTimeout             (WorkerGroupError, TimeoutError) a deadline or a waiter's patience ran out
-SerializationError      (WorkerGroupError, TypeError) an argument or a result cannot travel
+  CallTimeout           (also TimeoutError) a deadline or a waiter's patience ran out
+  SerializationError    (also TypeError) an argument or a result cannot travel
 """
 
 from __future__ import annotations
@@ -139,13 +139,13 @@ class GroupBroken(WorkerGroupError, BrokenExecutor):
 
 
 class WorkerDied(GroupBroken, ChildProcessError):
-    """A rank's process ended while it owed an answer.
+    """A rank's process ended: what every open call of it raises, and what `first` is afterwards.
 
     rank, pid: whose process it was.
     exitcode: as in `subprocess`: the exit status, or minus the signal's number; None: not known.
     signal: the signal's number, or None.
     oom_killed: True, False, or None where it cannot be told.
-    method, call_id: what it was running or owed, None where it was idle.
+    method, call_id: the oldest call that it owed, None where it was idle.
     log_tail: the last 64 KB that it wrote to descriptors 1 and 2, as text.
     stack: the Python stacks that faulthandler wrote when it crashed, or None.
     peak_rss: the most memory it had resident, in bytes, or None.
@@ -232,8 +232,9 @@ class CallTimeout(WorkerGroupError, TimeoutError):
     """A call's deadline passed, or a waiter's patience ran out.
 
     answered: the ranks whose answers had come. missing: the others.
-    states: for each missing rank what it is doing: "running", "queued", "idle", "stopped", "dead".
-    seconds: for each missing rank, how long it has been in the call (0.0 where it has not begun).
+    states: for each missing rank what it is doing: "running" (this call), "queued" (it has not
+        begun it), "stopped" (SIGSTOP), "closing" or "dead".
+    seconds: for each missing rank, how long it has been running (0.0 where it has not begun).
     """
 
     def __init__(
@@ -255,9 +256,10 @@ class CallTimeout(WorkerGroupError, TimeoutError):
 
 
 class SerializationError(WorkerGroupError, TypeError):
-    """An argument cannot be pickled: raised by the submitting call, before anything is sent.
+    """An argument cannot be pickled: raised by the submitting call, before anything is sent. Or a
+    result cannot: then it is that call's failure.
 
-    path: the way to the culprit, as one would write it: `args[0]['cfg'].lock`.
+    path: the way to the culprit, as one would write it: `args[0]['cfg'].lock`, `result[3]`.
     """
 
     def __init__(self, message: str, path: str = "") -> None:

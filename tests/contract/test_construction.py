@@ -123,7 +123,7 @@ def test_a_constructor_that_fails_is_a_startup_error(backend):
 
 
 def test_a_constructor_that_exits_is_a_startup_error_too(backend):
-    with pytest.raises(StartupError, match="SystemExit: 3") as caught:
+    with pytest.raises(StartupError, match=r"'construct': SystemExit: 3$") as caught:
         WorkerGroup(lambda: exit(3), 1, backend=backend)
     assert caught.value.rank == 0
     assert caught.value.__cause__.type_name == "SystemExit"

@@ -123,3 +123,8 @@ def test_the_loop_runs_while_a_group_starts(backend):
         await group.aclose()
 
     asyncio.run(main())
+
+
+def test_an_argument_that_there_is_not_is_named(backend):
+    with pytest.raises(TypeError, match=r"WorkerGroup\.start\(\) got an unexpected .* 'retries'"):
+        WorkerGroup.start(Worker, 1, retries=3, backend=backend)

@@ -96,8 +96,8 @@ def test_scatter_takes_an_array_along_its_first_axis(group):
 @pytest.mark.parametrize(
     ("parts", "kind", "message"),
     [
-        ([1, 2], ValueError, "parts must have one item a rank, 3, not 2"),
-        ([1, 2, 3, 4], ValueError, "parts must have one item a rank, 3, not 4"),
+        ([1, 2], ValueError, "parts must have one item for each of the 3 ranks, not 2"),
+        ([1, 2, 3, 4], ValueError, "parts must have one item for each of the 3 ranks, not 4"),
         (iter([1, 2, 3]), TypeError, "parts must be a sequence with one item a rank, not <list_it"),
         ("abc", TypeError, "parts must be a sequence with one item a rank, not 'abc'"),
         (b"abc", TypeError, "parts must be a sequence with one item a rank, not b'abc'"),
@@ -120,7 +120,8 @@ def test_flush_waits_for_all_that_was_submitted_and_raises_nothing(group, gate):
     with pytest.raises(CallTimeout) as caught:
         group.flush(timeout=0.05)
     assert caught.value.missing == (1,)
-    assert "still owe answers after 0.05 s, pass_gate() (call " in str(caught.value)
+    assert "flush(0.05) of workers has waited its 0.05 s" in str(caught.value)
+    assert "\n  rank 1: owes pass_gate() (call " in str(caught.value)
     opener = threading.Thread(target=gate.open, args=(1,))
     opener.start()
     group.flush()

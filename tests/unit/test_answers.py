@@ -146,10 +146,12 @@ def test_many_missing_ranks_are_not_all_listed_in_the_first_line():
 def test_a_closed_group(engine):
     refused = explain(Closed(), None, engine)
     assert type(refused) is GroupClosed
-    assert str(refused) == "gpt: the group is closed: takes no more calls"
+    assert str(refused) == "gpt is closed and takes no more calls: make a new group"
     error = explain(Closed(), make_call(), engine)
     assert type(error) is GroupClosed
-    assert str(error) == "gpt: the group is closed: forward() was not answered"
+    assert str(error) == "forward() of gpt was not answered: the group was closed"
+    refused = explain(Closed(exiting=True), None, engine)
+    assert str(refused) == "gpt takes no more calls: the interpreter is exiting"
 
 
 def test_a_cancelled_call(engine):
@@ -227,8 +229,9 @@ def test_a_rank_that_did_not_leave_a_failed_call(engine):
     call = make_call(bad(0, ValueError("no"), 1.0), grace=2.5)
     error = broken(Stuck(call, 0, call.answers[0][1], (1, 2)), engine)
     assert str(error) == (
-        "gpt: rank 0 failed in forward() (ValueError: no) and ranks 1, 2 had not left it 2.5 s "
-        "later (option grace). gpt is broken and takes no more calls: make a new group"
+        "gpt: rank 0 (pid 100) failed in forward() (ValueError: no), and ranks 1, 2 had not "
+        "returned from it 2.5 s later (option grace). gpt is broken and takes no more calls: make "
+        "a new group"
     )
     assert type(error.first) is ValueError
     assert error.first.args == ("no",)

@@ -36,19 +36,25 @@ def test_a_forked_rank_has_the_environment_that_it_would_have_by_importing_itsel
     [
         ("pass", None),
         ("threading.Thread(target=print).start()", None),
-        ("threading.Thread(target=lock.acquire, daemon=True).start()", "1 more thread runs in it"),
+        (
+            "threading.Thread(target=lock.acquire, daemon=True).start()",
+            "1 more thread runs in the launcher",
+        ),
         (
             "[threading.Thread(target=lock.acquire, daemon=True).start() for _ in '12']",
-            "2 more threads run in it",
+            "2 more threads run in the launcher",
         ),
         (
             (
                 "torch.cuda = types.SimpleNamespace(is_initialized=lambda: True); "
                 "sys.modules['torch'] = torch"
             ),
-            "torch has a CUDA context in it",
+            "torch has a CUDA context in the launcher",
         ),
-        ("_preload.DEVICES = ('/dev/zero',); file = open('/dev/zero')", "/dev/zero is open in it"),
+        (
+            "_preload.DEVICES = ('/dev/zero',); file = open('/dev/zero')",
+            "/dev/zero is open in the launcher",
+        ),
     ],
     ids=["clean", "thread-ended", "thread", "threads", "cuda", "device"],
 )

@@ -44,5 +44,5 @@ def test_with_fewer_cpus_than_processes_the_poll_is_shorter(processes: int, most
 
 
 def test_it_can_be_read() -> None:
-    assert str(spin_for("auto", 2, cpus=4)) == "auto, 500 us"
+    assert str(spin_for("auto", 2, cpus=4)) == "auto (500 us now)"
     assert str(spin_for(0, 2, cpus=4)) == "0 us"

@@ -12,7 +12,7 @@ from rankwise._answers import describe_death, died
 from rankwise._calls import Broken, Call, Closed, Expired, Garbled, Lost
 from rankwise._messages import BOOT, FAILED
 from rankwise._outcome import failed_at, failure
-from rankwise.errors import StartupError, StartupTimeout
+from rankwise.errors import RemoteError, StartupError, StartupTimeout
 from rankwise.wire import codec
 
 TYPE_CHECKING = False
@@ -74,7 +74,7 @@ def startup_error(
         cause = failure(failures[rank], rank, engine.ranks.pid(rank), "construct")
         error = StartupError(
             f"{name}: rank {rank} (pid {engine.ranks.pid(rank)}) failed in phase {phase!r}: "
-            f"{type(cause).__name__}: {_first_line(cause)}",
+            f"{_in_one_line(cause)}",
             rank=rank,
             phase=phase,
         )
@@ -108,5 +108,8 @@ def startup_error(
     raise AssertionError(f"no words for {error_kind!r}")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
+def _in_one_line(error: Exception) -> str:
+    line = str(error).partition("\n")[0]
+    if isinstance(error, RemoteError):  # "rank 0 (pid 7) in construct: SystemExit: 3"
+        return line.partition(": ")[2]
+    return f"{type(error).__name__}: {line}"
