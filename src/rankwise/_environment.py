@@ -123,20 +123,6 @@ def cpu_budget(root: str = "/") -> int:
     return min([len(os.sched_getaffinity(0)), *(quota for quota in quotas if quota)])
 
 
-def thread_count(environment: Mapping[str, str]) -> int | None:
-    """How many threads a rank with this environment computes with; None where it does not say.
-
-    For a rank that is forked after its libraries were imported, when the variables come too late
-    and the number has to be set by calls. MKL_NUM_THREADS is asked before OMP_NUM_THREADS, as
-    torch does, so that a forked rank computes with as many threads as a spawned one.
-    """
-    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-        outermost = environment.get(name, "").split(",")[0].strip()  # OMP's may be one a level
-        if outermost.isascii() and outermost.isdigit() and int(outermost) > 0:
-            return int(outermost)
-    return None
-
-
 def _own_variables(spec: GroupSpec, info: RankInfo) -> dict[str, str]:
     """What the user's ``env`` gives one rank."""
     if not callable(spec.env):

@@ -146,10 +146,18 @@ class WorkerGroup(ManyView):
             return "<WorkerGroup: not started>"  # a debugger's view of a constructor that failed
         cause = engine.refusal()
         state = "open" if cause is None else "closed" if isinstance(cause, Closed) else "broken"
+        if engine.inert is not None:
+            state = "inert in this forked child"
         return (
             f"<WorkerGroup {engine.name!r}: {engine.world_size} ranks, {self._spec.backend}, "
             f"spin={engine.spin}, {state}>"
         )
+
+    def _own_engine(self) -> Engine:
+        """The engine. Raises RuntimeError in a forked child: its copy knows nothing of the ranks."""
+        if self._engine.inert is not None:
+            raise RuntimeError(self._engine.inert)
+        return self._engine
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -168,7 +176,8 @@ class WorkerGroup(ManyView):
     @property
     def pids(self) -> list[int]:
         """The ranks' process ids, in rank order (this process's, where they are threads)."""
-        return [self._engine.ranks.pid(rank) for rank in range(self.world_size)]
+        ranks = self._own_engine().ranks
+        return [ranks.pid(rank) for rank in range(self.world_size)]
 
     def __iter__(self) -> Iterator[OneView]:
         return (self[rank] for rank in range(self.world_size))
@@ -185,23 +194,23 @@ class WorkerGroup(ManyView):
         shape: its dimensions, an int for one. dtype: as numpy has it, without Python objects.
         Raises MemoryError where there is no room.
         """
-        return make_shared_array(self._engine, shape, dtype)
+        return make_shared_array(self._own_engine(), shape, dtype)
 
     # -- how it is ----------------------------------------------------------------------------
 
     def health(self) -> list[RankHealth]:
         """What each rank is doing now, in rank order. Never blocks, never calls a worker."""
-        return health_of(self._engine)
+        return health_of(self._own_engine())
 
     @property
     def healthy(self) -> bool:
         """Whether calls are taken: the group is neither broken nor closed."""
-        return self._engine.refusal() is None
+        return self._own_engine().refusal() is None
 
     @property
     def failure(self) -> GroupBroken | None:
         """What broke the group: a new GroupBroken, or None."""
-        cause = self._engine.refusal()
+        cause = self._own_engine().refusal()
         return None if cause is None or isinstance(cause, Closed) else broken(cause, self._engine)
 
     # -- its end ------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def become(name: str, rank: int, environment: Mapping[str, str]) -> None:
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)
     name_process(f"{name}:{rank}")
     _reseed()
-    _set_threads(environment.get("OMP_NUM_THREADS"))
+    _set_threads(thread_count(environment))
 
 
 def own_environment(
@@ -186,13 +186,23 @@ def _reseed() -> None:
         modules["torch"].seed()
 
 
-def _set_threads(wanted: str | None) -> None:
+def thread_count(environment: Mapping[str, str]) -> int | None:
+    """How many threads a rank with this environment computes with; None where it does not say.
+
+    For a rank that is forked after its libraries were imported, when the variables come too late
+    and the number has to be set by calls. MKL_NUM_THREADS is asked before OMP_NUM_THREADS, as
+    torch does, so that a forked rank computes with as many threads as a spawned one.
+    """
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        outermost = environment.get(name, "").split(",")[0].strip()  # OMP's may be one a level
+        if outermost.isascii() and outermost.isdigit() and int(outermost) > 0:
+            return int(outermost)
+    return None
+
+
+def _set_threads(wanted: int | None) -> None:
     """The libraries were imported with one thread, so that the launcher could fork."""
-    try:
-        # As OpenMP reads it: "4,2" is 4 threads, each of which may have 2. Unset: every CPU.
-        count = len(os.sched_getaffinity(0)) if wanted is None else int(wanted.split(",")[0])
-    except ValueError:
-        return
+    count = wanted or len(os.sched_getaffinity(0))
     modules: dict[str, Any] = sys.modules
     if "torch" in modules:
         modules["torch"].set_num_threads(count)

@@ -344,6 +344,11 @@ if child == 0:
         shutdown=lambda: group.shutdown(),
         result=lambda: future.result(5),
         aclose=lambda: asyncio.run(group.aclose()),
+        health=lambda: group.health(),
+        healthy=lambda: group.healthy,
+        failure=lambda: group.failure,
+        pids=lambda: group.pids,
+        shared_array=lambda: group.shared_array(10),
     )
     for name, attempt in attempts.items():
         try:

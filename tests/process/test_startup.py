@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 import random
 import re
@@ -12,7 +14,7 @@ import threading
 import time
 
 import pytest
-from drivers import Script, Watch, in_thread
+from drivers import Script, Watch, in_thread, until
 
 from rankwise import StartupError, StartupTimeout, WorkerGroup
 
@@ -212,114 +214,237 @@ def test_a_start_that_is_struck_between_any_two_steps_leaves_nothing(seed):
         assert said["after"] == said["before"]
 
 
-class Place:
-    """What a rank finds when it starts."""
+# -- what a rank inherits -----------------------------------------------------------------------
 
-    def find(self):
-        return {
-            "cwd": os.getcwd(),
-            "path": list(sys.path),
-            "argv": list(sys.argv),
-            "flags": [sys.flags.optimize, sys.flags.utf8_mode],
-            "stdin": sys.stdin.read(),
-            "here": os.environ.get("ONLY_HERE"),
-        }
+INHERITS = """
+class Worker:
+    def inherited(self):
+        flags = {{name: getattr(sys.flags, name) for name in
+                 ("optimize", "dont_write_bytecode", "utf8_mode", "no_user_site", "isolated")}}
+        stdin = os.read(0, 1).decode(), os.readlink("/proc/self/fd/0")
+        return dict(path=sys.path, argv=sys.argv, cwd=os.getcwd(), flags=flags, stdin=stdin,
+                    warnings=sys.warnoptions, variable=os.environ.get("OF_THE_DRIVER"),
+                    outer=os.environ.get("TORCHELASTIC_RUN_ID"), rank=os.environ["RANK"])
 
-    def order(self):
-        return list({f"word {number}" for number in range(50)})
+os.environ.update(OF_THE_DRIVER="set late", RANK="7", TORCHELASTIC_RUN_ID="outer")
+os.mkdir("elsewhere")
+os.chdir("elsewhere")
+# As in a script that lies somewhere else: what is in the working directory is not to be imported.
+sys.path.remove("")
+for name in ("socket", "select", "typing", "numbers", "_launcher", "rankwise", "random"):
+    with open(name + ".py", "w") as file:
+        file.write("raise ImportError('this is in the working directory')")
+sys.path.append("/no/such/path")
+sys.argv[1:] = ["the driver's", "--own=arguments"]
+with WorkerGroup(Worker, 2, start_method={start_method!r}) as group:
+    sys.argv.append("too late")
+    say(seen=group.call("inherited"), path=sys.path, cwd=os.getcwd())
+"""
 
-    def draw(self):
-        drawn = [random.random()]
-        for name in ("numpy.random", "torch"):
-            if name in sys.modules:
-                module = sys.modules[name]
-                drawn.append(float(module.rand(1)[0]))
-        return drawn
+FLAGS = {
+    "-O": {"optimize": 1},
+    "-B": {"dont_write_bytecode": 1},
+    "-Xutf8": {"utf8_mode": 1},
+    "-s": {"no_user_site": 1},
+}
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_a_rank_has_the_drivers_directory_path_arguments_and_variables(
-    start_method, tmp_path, monkeypatch
+def test_a_rank_has_the_drivers_directory_path_arguments_flags_and_environment(
+    start_method, tmp_path
 ):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--steps", "3"])
-    monkeypatch.setenv("ONLY_HERE", "and there")
-    with WorkerGroup(Place, 2, start_method=start_method) as group:
-        for found in group.call("find"):
-            assert found == {
-                "cwd": str(tmp_path),
-                "path": sys.path,
-                "argv": ["train.py", "--steps", "3"],
-                "flags": [sys.flags.optimize, sys.flags.utf8_mode],
-                "stdin": "",
-                "here": "and there",
-            }
+    flags = (*FLAGS, "-Wignore::BytesWarning")
+    code = INHERITS.format(start_method=start_method)
+    with Script(code, "from the command line", flags=flags, cwd=tmp_path) as script:
+        said = script.line()
+        assert script.end() == 0
+    assert said["cwd"] == str(tmp_path / "elsewhere")
+    for rank, seen in enumerate(said["seen"]):
+        assert seen["path"] == said["path"]
+        assert seen["argv"] == ["-c", "the driver's", "--own=arguments"]
+        assert seen["cwd"] == said["cwd"]
+        assert seen["stdin"] == ["", "/dev/null"]
+        assert "ignore::BytesWarning" in seen["warnings"]
+        assert (seen["variable"], seen["outer"]) == ("set late", None)
+        assert seen["rank"] == str(rank)
+        for wanted in FLAGS.values():
+            assert wanted.items() <= seen["flags"].items()
 
 
+HASHES = """
+class Worker:
+    def hashes(self):
+        words = {f"parameter.{number}" for number in range(50)}
+        return hash("a word"), list(words), os.environ["PYTHONHASHSEED"]
+
+def hashes():
+    with WorkerGroup(Worker, 3, preload=PRELOAD, start_method=METHOD) as group:
+        return group.call("hashes")
+say(first=hashes(), again=hashes())
+"""
+
+
+def installed():
+    look = [sys.executable, "-I", "-c", "import rankwise"]
+    return subprocess.run(look, stderr=subprocess.DEVNULL).returncode == 0
+
+
+@pytest.mark.parametrize("flags", [(), ("-I",)], ids=["", "isolated"])
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_sets_iterate_alike_on_every_rank(start_method):
-    with WorkerGroup(Place, 3, start_method=start_method) as group:
-        orders = group.call("order")
-    assert orders[0] == orders[1] == orders[2]
+def test_sets_iterate_alike_on_every_rank(start_method, flags, monkeypatch):
+    """All ranks share one hash seed: who walks through a set of names in a collective meets the
+    others at the same name."""
+    if flags and not installed():
+        pytest.skip("an isolated interpreter finds rankwise only where it is installed")
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    preload = ("json",) if start_method == "forkserver" else ()
+    code = f"METHOD, PRELOAD = {start_method!r}, {preload!r}\n{HASHES}"
+    with Script(code, flags=flags) as script:
+        said = script.line()
+        assert script.end() == 0
+    for ranks in said.values():
+        assert ranks == [ranks[0]] * 3
+    assert said["first"] != said["again"], "chosen anew for each group"
 
 
-@pytest.mark.parametrize("preload", [("random",), ("random", "numpy.random")])
-def test_forked_ranks_draw_numbers_of_their_own(preload):
-    if "numpy.random" in preload:
-        pytest.importorskip("numpy")
-    with WorkerGroup(Place, 3, start_method="forkserver", preload=preload) as group:
-        drawn = group.call("draw")
-    assert len(drawn[0]) == len(preload)
-    for column in zip(*drawn, strict=True):
-        assert len(set(column)) == 3
+def test_a_hash_seed_of_the_drivers_is_the_ranks(monkeypatch):
+    monkeypatch.setenv("PYTHONHASHSEED", "11")
+
+    def seed(worker):
+        return os.environ["PYTHONHASHSEED"], hash("a word")
+
+    with WorkerGroup(object, 2) as group:
+        first, second = group.call(seed)
+    assert first == second
+    assert first[0] == "11"
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_files_called_like_the_standard_librarys_harm_no_start(start_method, tmp_path):
-    """In the directory where the driver runs: its own path does not have it, so no rank's does."""
-    for name in ("types", "signal", "select", "struct", "socket", "pickle", "random", "copyreg"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
-    script = tmp_path / "elsewhere" / "script.py"
-    script.parent.mkdir()
-    script.write_text(
-        "from rankwise import WorkerGroup\n"
-        "class Worker:\n"
-        "    def echo(self, value): return value\n"
-        f"with WorkerGroup(Worker, 2, start_method={start_method!r}) as group:\n"
-        "    print(group.call('echo', 5))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=30,
-        check=False,
+# -- forked ranks -------------------------------------------------------------------------------
+
+RANDOM = {
+    "random": "import random; result = random.random()",
+    "numpy": "import numpy; result = float(numpy.random.random())",
+    "torch": "import torch; result = float(torch.rand(1))",
+}
+
+
+class Runner:
+    def run(self, code):
+        names = {}
+        exec(code, names)
+        return names["result"]
+
+
+@pytest.mark.parametrize("library", RANDOM)
+def test_forked_ranks_have_random_numbers_of_their_own(library, tmp_path, monkeypatch):
+    """They are copies of one process, which may have drawn numbers, or seeded the generator."""
+    pytest.importorskip(library)
+    seeds = {"random": "random.seed(1)", "numpy": "numpy.random.seed(1)",
+             "torch": "torch.manual_seed(1)"}  # fmt: skip
+    name = f"preloaded_{library}"
+    (tmp_path / f"{name}.py").write_text(f"import {library}\n{seeds.get(library, '')}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with WorkerGroup(Runner, 3, start_method="forkserver", preload=(name,)) as group:
+        assert group.call("run", f"import sys; result = {name!r} in sys.modules") == [True] * 3
+        seen = group.call("run", RANDOM[library])
+    assert len(set(seen)) == 3
+
+
+THREAD = """
+import threading
+started = threading.Event()
+thread = threading.Thread(target=lambda: (started.set(), threading.Event().wait()), daemon=True)
+thread.start()
+started.wait()
+"""
+
+
+def test_a_preload_that_is_not_clean_is_told_with_its_reason_and_the_ranks_are_spawned(
+    tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "not_clean.py").write_text(THREAD)
+    monkeypatch.syspath_prepend(tmp_path)
+    with caplog.at_level(logging.INFO, "rankwise"):
+        with WorkerGroup(
+            Runner, 2, name="unclean", start_method="forkserver", preload=("not_clean",)
+        ) as group:
+            asked = "import sys; result = 'not_clean' in sys.modules"
+            assert group.call("run", asked) == [False] * 2
+    (told,) = [one for one in caplog.records if "spawned, not forked" in one.message]
+    assert told.levelno == logging.WARNING
+    assert told.message == (
+        "unclean: the ranks are spawned, not forked: 1 more thread runs in the launcher"
     )  # fmt: skip
-    assert (done.stdout, done.stderr, done.returncode) == ("[5, 5]\n", "", 0)
+    assert "has preloaded" not in caplog.text
+
+
+def test_a_clean_preload_is_told_with_the_seconds_that_it_took(tmp_path, monkeypatch, caplog):
+    (tmp_path / "clean.py").write_text("import json")
+    monkeypatch.syspath_prepend(tmp_path)
+    with caplog.at_level(logging.INFO, "rankwise"):
+        with WorkerGroup(Runner, 1, start_method="forkserver", preload=("clean",)) as group:
+            assert group[0].call("run", "import sys; result = 'clean' in sys.modules")
+    assert re.search(r"workers: the launcher has preloaded in \d\.\d\d s", caplog.text)
+
+
+# -- phases ---------------------------------------------------------------------------------------
+
+SLOW = """
+import os, sys
+def wait(name):
+    with open(os.path.join(os.path.dirname(__file__), name + os.environ["RANK"]), "rb"): pass
+if "RANK" in os.environ: wait("import")
+class Slow:
+    def __init__(self): wait("construct")
+    def pid(self): return os.getpid()
+"""
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
-def test_the_phases_of_a_start_are_logged_with_rank_and_time(start_method, caplog):
-    class Slow:
-        def __init__(self):
-            time.sleep(0.1)
+def test_each_phase_of_each_rank_is_in_the_log(start_method, tmp_path, monkeypatch, caplog):
+    """With the rank, its pid and the time; a rank that is slow holds back no other's line."""
+    (tmp_path / "slow_phases.py").write_text(SLOW)
+    for phase in ("import", "construct"):
+        for rank in range(2):
+            os.mkfifo(tmp_path / f"{phase}{rank}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    slow = importlib.import_module("slow_phases").Slow
 
-    with caplog.at_level("INFO", "rankwise"), WorkerGroup(Slow, 2, start_method=start_method):
-        pass
-    said = [record.getMessage() for record in caplog.records]
+    def phases(rank):
+        pattern = rf"slow: rank {rank} \(pid \d+\): (\w+), after \d+\.\d\d s"
+        return re.findall(pattern, caplog.text)
+
+    def let_go(phase, rank):
+        with open(tmp_path / f"{phase}{rank}", "wb"):
+            pass
+
+    with caplog.at_level(logging.INFO, "rankwise"):
+        starting = in_thread(
+            lambda: WorkerGroup(slow, 2, name="slow", start_method=start_method, logs="off")
+        )
+        until(lambda: "import" in phases(0) and "import" in phases(1))
+        let_go("import", 1)
+        until(lambda: "construct" in phases(1))
+        assert "construct" not in phases(0)
+        let_go("import", 0)
+        until(lambda: "construct" in phases(0))
+        let_go("construct", 0)
+        until(lambda: "ready" in phases(0), what="rank 0 is ready, while rank 1 is not")
+        let_go("construct", 1)
+        group = starting.value()
+        with group:
+            pids = group.call("pid")
+            until(lambda: "ready" in phases(1))
     for rank in range(2):
-        mine = [line for line in said if f"rank {rank} (pid " in line]
-        assert any(re.search(r": construct, after \d+\.\d\d s$", line) for line in mine), said
+        assert phases(rank) == ["spawn", "import", "construct", "ready"]
+        assert f"rank {rank} (pid {pids[rank]}): ready" in caplog.text
 
 
-def test_a_launcher_that_cannot_fork_spawns_and_says_why(caplog, tmp_path, monkeypatch):
-    (tmp_path / "starts_a_thread.py").write_text(
-        "import threading, time\n"
-        "threading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with (
-        caplog.at_level("INFO", "rankwise"),
-        WorkerGroup(Place, 2, start_method="forkserver", preload=["starts_a_thread"]) as group,
-    ):
-        assert len(group.call("draw")) == 2
-    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert any("spawned, not forked" in line and "thread" in line for line in said), said
+def test_a_start_that_is_quick_has_every_phase_in_the_log_too(caplog):
+    with caplog.at_level(logging.INFO, "rankwise"):
+        with WorkerGroup(Runner, 2, name="quick"):
+            pass
+    for rank in range(2):
+        told = re.findall(rf"quick: rank {rank} \(pid \d+\): (\w+), after", caplog.text)
+        assert told == ["spawn", "import", "construct", "ready"]

@@ -11,8 +11,8 @@ from rankwise._environment import (
     common_environment,
     rank_environments,
     rank_infos,
-    thread_count,
 )
+from rankwise._preload import thread_count
 from rankwise._rankinfo import RankInfo
 from rankwise._spec import check_spec
 

@@ -27,6 +27,7 @@ from rankwise._keeper import Keeper
 from rankwise._pump import NEVER, Pump
 from rankwise._ranks import Ranks
 from rankwise._spin import spin_for
+from rankwise._status import PHASES, READY, SPAWN
 from rankwise.backends.ending import Ending
 from rankwise.backends.launching import start_launcher
 from rankwise.backends.link import PATIENCE, LauncherLink
@@ -70,7 +71,8 @@ class LocalEngine:
         self.keeper = Keeper(self, spec.name)
         self.next_step: float | None = clock()
         self.starting = True
-        self._phases: dict[int, str] = {}
+        self._looking = True  # for changes of phase
+        self._phases = [SPAWN - 1] * spec.world_size  # the last that was logged
         self._began = clock()
         own = ExitStack()
         self.ending = Ending(self, own)
@@ -152,22 +154,26 @@ class LocalEngine:
         for report in reports:
             self.defer(partial(_lifetime.log_failure, *report))
         due = self.ending.step(now)
-        if self.starting:
+        if self._looking:
+            self._looking = self.starting  # once more when it has started: what came since
             self._log_phases(now)
             due = min(now + STARTUP_LOOK, NEVER if due is None else due)
         tend = None if self.arena is None else self.arena.tend(now)
         self.next_step = tend if due is None else due if tend is None else min(due, tend)
 
     def _log_phases(self, now: float) -> None:
-        for rank in range(self.world_size):
-            phase = self.ranks.phase(rank)
-            if self.ranks.pid(rank) and self._phases.get(rank) != phase:
-                self._phases[rank] = phase
+        for rank, told in enumerate(self._phases):
+            if not self.ranks.pid(rank):
+                continue
+            # What came and went between two looks has been gone through all the same.
+            reached = min(PHASES.index(self.ranks.phase(rank)), READY)
+            for phase in PHASES[told + 1 : reached + 1]:
                 self.log(
                     logging.INFO,
                     "%s: rank %d (pid %d): %s, after %.2f s",
                     self.name, rank, self.ranks.pid(rank), phase, now - self._began,
                 )  # fmt: skip
+            self._phases[rank] = reached
 
     # -- for its parts ------------------------------------------------------------------------
 
