@@ -154,7 +154,7 @@ class WorkerGroup(ManyView):
         )
 
     def _own_engine(self) -> Engine:
-        """The engine. Raises RuntimeError in a forked child: its copy knows nothing of the ranks."""
+        """The engine. Raises RuntimeError in a forked child: it knows nothing of the ranks."""
         if self._engine.inert is not None:
             raise RuntimeError(self._engine.inert)
         return self._engine
