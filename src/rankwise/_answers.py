@@ -130,8 +130,8 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
                 f"returned from it {call.grace:g} s later (option grace)"
             )
         case Garbled(rank=at, reason=reason):
-            where = "the launcher" if at < 0 else f"rank {at} (pid {engine.ranks.pid(at)})"
-            text = f"{engine.name}: {where}: {reason}"
+            where = "" if at < 0 else f"rank {at} (pid {engine.ranks.pid(at)}): "
+            text = f"{engine.name}: {where}{reason}"
             first = WorkerGroupError(text)
         case _:
             raise AssertionError(f"no words for {cause!r}")

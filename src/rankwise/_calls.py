@@ -116,7 +116,10 @@ class Stuck(Error):
 
 
 class Garbled(Error):
-    """What came from rank `rank` makes no sense, or does not come at all: `reason`."""
+    """What came from rank `rank` makes no sense, or does not come at all: `reason`.
+
+    -1: it is no rank's doing, and the reason says whose.
+    """
 
     __slots__ = ("rank", "reason")
 

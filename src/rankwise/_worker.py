@@ -176,7 +176,11 @@ def _run(
     if flags & HAS_DEADLINE:
         (deadline,) = DEADLINE.unpack_from(body)
         data = memoryview(body)[DEADLINE.size :]
-    method, args, kwargs = codec.loads(data, arena)
+    try:
+        method, args, kwargs = codec.loads(data, arena)
+    except Exception as error:
+        error.add_note("raised while the arguments were rebuilt in the worker")
+        raise
     if type(method) is str:
         place.call = _context.CurrentCall(call_id, method, deadline, words, worker)
         value = getattr(worker, method)(*args, **kwargs)

@@ -246,4 +246,4 @@ def test_a_rank_that_talks_nonsense(engine):
 
 def test_a_launcher_that_is_gone(engine):
     error = broken(Garbled(-1, "process 5 was killed by SIGKILL"), engine)
-    assert str(error).startswith("gpt: the launcher: process 5 was killed by SIGKILL. gpt is br")
+    assert str(error).startswith("gpt: process 5 was killed by SIGKILL. gpt is br")

@@ -99,9 +99,9 @@ def startup_error(
             error.__cause__ = death
             return error
         case Garbled(rank=rank, reason=reason):
-            who = "the launcher" if rank < 0 else f"rank {rank}"
+            who = "" if rank < 0 else f"rank {rank}: "
             return StartupError(
-                f"{name}: {who}: {reason}", rank=None if rank < 0 else rank, phase="spawn"
+                f"{name}: {who}{reason}", rank=None if rank < 0 else rank, phase="spawn"
             )
         case Closed():
             return StartupError(f"{name}: the group was closed before it was ready")

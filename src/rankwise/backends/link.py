@@ -90,7 +90,8 @@ class LauncherLink:
                     self._preloaded(seconds, refused)
                 case Gone(left):
                     if left:
-                        engine.log(logging.ERROR, "%s: the kernel keeps %s", engine.name, left)
+                        what = "%s: SIGKILL was sent, but the kernel still has processes %s"
+                        engine.log(logging.ERROR, what, engine.name, left)
                     self._stop_hearing()
                     self.gone = True
         self.news.ring()
@@ -115,7 +116,9 @@ class LauncherLink:
             wait_readable(self.launcher_pidfd, 0.1)
             self._launcher.poll()
             ended = describe_exit(self._launcher.returncode)
-            cause = f"process {self._launcher.pid} {ended} ({reason})"
+            cause = f"its launcher (pid {self._launcher.pid}) {ended}"
+            if not isinstance(reason, EOFError):
+                cause += f" ({reason})"
             self._engine.break_group(Garbled(-1, cause))
             self._engine.pump.spread()
         _await_ends(orphans)
