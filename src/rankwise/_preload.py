@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from rankwise import _procfs
 from rankwise._deadline import clock
-from rankwise._spawn import SIGKILL, name_process
+from rankwise._spawn import SIGKILL, name_process, start_code
 from rankwise.wire.control import frame
 
 TYPE_CHECKING = False
@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 else:
     import _signal
 
-LAUNCHER: Final = (
-    "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)];"
-    " from rankwise._launcher import main; main()"
-)
+LAUNCHER: Final = start_code("_launcher")
 
 # What a process that has opened one of these holds cannot be shared with a forked child.
 DEVICES: Final = ("/dev/nvidia", "/dev/kfd", "/dev/davinci")

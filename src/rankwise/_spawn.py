@@ -33,10 +33,19 @@ if TYPE_CHECKING:
 else:
     import _signal  # `signal` makes an enum of every number, which takes 4 ms
 
-BOOT: Final = (
-    "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)];"
-    " from rankwise._worker import main; main()"
-)
+
+def start_code(module: str) -> str:
+    """What `python -c` runs to be `module` of the rankwise whose directory is its first argument.
+
+    Not from the driver's working directory, which -c would search first: it may hold a socket.py.
+    """
+    return (
+        "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)];"
+        f" from rankwise.{module} import main; main()"
+    )
+
+
+BOOT: Final = start_code("_worker")
 
 SIGKILL: Final = int(_signal.SIGKILL)
 _SET_PDEATHSIG: Final = 1  # linux/prctl.h

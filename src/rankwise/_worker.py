@@ -84,7 +84,9 @@ def serve(
         _, flags, call_id, body = frame
         words[SINCE] = time.monotonic_ns()
         words[RUNNING] = call_id
-        kind, answer = _answer(worker, place, words, arena, flags, call_id, body)
+        outcome = capture(_run, (worker, place, words, arena, flags, call_id, body), {})
+        kind, answer = _answer(outcome, place, arena, flags)
+        del outcome
         del frame, body  # a worker that waits keeps nothing of the last call alive
         if place.forked:
             return  # a child that the method forked has come out of it: the parent answers
@@ -141,16 +143,9 @@ def _construct(
 
 
 def _answer(
-    worker: object,
-    place: _context.Place,
-    words: memoryview,
-    arena: Arena | None,
-    flags: int,
-    call_id: int,
-    body: bytes | bytearray,
+    outcome: Ok | Failed, place: _context.Place, arena: Arena | None, flags: int
 ) -> tuple[int, bytes]:
-    """Run one call: the kind and the body of its answer."""
-    outcome = capture(_run, (worker, place, words, arena, flags, call_id, body), {})
+    """The kind and the body of the answer to the call that `place` was in."""
     call, place.call = place.call, None
     if isinstance(outcome, Ok):
         if not flags & WANT_VALUE:
@@ -171,6 +166,7 @@ def _run(
     call_id: int,
     body: bytes | bytearray,
 ) -> object:
+    """Run one call. Returns and raises what the user's method does."""
     deadline = None
     data: bytes | bytearray | memoryview = body
     if flags & HAS_DEADLINE:
