@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rankwise._group import WorkerGroup
     from rankwise._health import RankHealth
     from rankwise._rankinfo import RankInfo
+    from rankwise._restart import Restart
     from rankwise._spec import per_rank
     from rankwise.errors import (
         CallTimeout,
@@ -41,6 +42,7 @@ _HOMES = {
     "RankHealth": "_health",
     "RankInfo": "_rankinfo",
     "RemoteError": "errors",
+    "Restart": "_restart",
     "SerializationError": "errors",
     "StartupError": "errors",
     "StartupTimeout": "errors",
@@ -61,6 +63,7 @@ __all__ = [
     "RankHealth",
     "RankInfo",
     "RemoteError",
+    "Restart",
     "SerializationError",
     "StartupError",
     "StartupTimeout",

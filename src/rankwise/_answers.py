@@ -104,7 +104,8 @@ def explain(
             elif exiting:
                 text = f"{engine.name} takes no more calls: the interpreter is exiting"
             else:
-                text = f"{engine.name} is closed and takes no more calls: make a new group"
+                outlook = engine.outlook or "is closed and takes no more calls: make a new group"
+                text = f"{engine.name} {outlook}"
             return GroupClosed(text)
         case Cancelled():
             return WorkerGroupError(f"{engine.name}: the call was cancelled")
@@ -135,9 +136,8 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
             first = WorkerGroupError(text)
         case _:
             raise AssertionError(f"no words for {cause!r}")
-    return GroupBroken(
-        f"{text}. {engine.name} is broken and takes no more calls: make a new group", first=first
-    )
+    outlook = engine.outlook or "is broken and takes no more calls: make a new group"
+    return GroupBroken(f"{text}. {engine.name} {outlook}", first=first)
 
 
 def died(lost: Lost, engine: Engine) -> WorkerDied:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rankwise._ranks import Ranks
     from rankwise._spec import GroupSpec
     from rankwise._spin import Spin
+    from rankwise.backends.launching import Held
     from rankwise.wire.arena import Arena
 
     class Engine(Protocol):
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
         spin: Spin  # how long a waiter polls
         arena: Arena | None  # where large payloads lie
         starting: bool  # the boot call has not been looked at yet
+        on_break: Callable[[Error], object] | None  # told once that the group has broken, and why
+        outlook: str | None  # what a refused call is told of the group's future
+        retired: bool  # ended by `retire`: it says why it ended, not that it was closed
 
         @property
         def inert(self) -> str | None:
@@ -91,6 +95,14 @@ if TYPE_CHECKING:
             """Wait, briefly, for the launcher's word on each rank's process."""
             ...
 
+        def report_failure(self, cause: Error) -> None:
+            """Have `on_break` called, once."""
+            ...
+
+        def tell_failure(self, cause: Error) -> None:
+            """Have the user's `on_failure` called, on the callback thread."""
+            ...
+
         def break_calls(self) -> None:
             """Settle every open call: the interpreter is about to exit."""
             ...
@@ -109,4 +121,11 @@ if TYPE_CHECKING:
 
         def kill(self) -> None:
             """End at once."""
+            ...
+
+        def retire(self, timeout: float | None) -> Held | None:
+            """End as `close` does, to be replaced: the launcher is handed over, where it is warm.
+
+            It does not wait for the callback thread, on which the user may have asked for this.
+            """
             ...

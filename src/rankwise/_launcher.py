@@ -58,16 +58,19 @@ class DriverGone(Exception):
 
 
 def main() -> None:
-    """argv is ROOT NAME CONTROL_FD DRIVER_PIDFD, and LAUNCH_FD where it was started anew."""
-    control_fd, driver, *anew = map(int, sys.argv[3:])
+    """argv is ROOT NAME CONTROL_FD DRIVER_PIDFD GRANTS_FD, and LAUNCH_FD where it was started anew.
+
+    GRANTS_FD is -1 where it will not fork.
+    """
+    control_fd, driver, grants, *anew = map(int, sys.argv[3:])
     _spawn.open_standard_descriptors()
-    for fd in (control_fd, driver):
-        os.set_inheritable(fd, False)
     channel = ControlChannel(socket(AF_UNIX, SOCK_STREAM, 0, control_fd))
     for fd in anew:
         channel.unread(os.pread(fd, os.fstat(fd).st_size, 0))
         os.close(fd)
-    launcher = Launcher(channel, driver)
+    launcher = Launcher(channel, driver, grants)
+    for fd in launcher.own:
+        os.set_inheritable(fd, False)
     try:
         launcher.run()
     except BecomeWorker as worker:
@@ -82,9 +85,13 @@ def main() -> None:
 class Launcher:
     """The loop. `run` ends in os._exit, or in BecomeWorker in a forked rank."""
 
-    def __init__(self, control: ControlChannel, driver: int) -> None:
+    def __init__(self, control: ControlChannel, driver: int, grants: int) -> None:
         self._control = control
         self._driver = driver
+        self._grants = grants
+        self.own = [control.fileno(), driver, *([grants] if grants >= 0 else [])]
+        self._shared: _preload.Shared | None = None  # what was imported to be forked
+        self._stay = False  # when the ranks are gone, for others
         self._reaper = Reaper(self._last_words, self._ended)
         self._pipes = LogPipes(self._output)
         self._starting: dict[int, Child] = {}  # by the descriptor that tells of exec
@@ -103,10 +110,8 @@ class Launcher:
         try:
             self._wake.arm()
             self._hear()  # what a launcher that has started anew was given
-            while not self._finishing:
-                self._turn(None)
-                self._read_logs()
-            self._finish()
+            while self._serve():
+                pass
         except BecomeWorker:
             raise
         except BaseException as reason:
@@ -120,6 +125,14 @@ class Launcher:
         finally:
             # Not by way of atexit: what a preloaded module has registered is for the ranks.
             os._exit(error is not None)
+
+    def _serve(self) -> bool:
+        """Start ranks, and serve until they are gone. False: so shall we."""
+        self._finishing = False
+        while not self._finishing:
+            self._turn(None)
+            self._read_logs()
+        return self._finish()
 
     # -- one turn -----------------------------------------------------------------------------
 
@@ -167,17 +180,27 @@ class Launcher:
                 self._pipes.acknowledged(message.nbytes)
             elif isinstance(message, Finish):
                 self._finishing = True
+                self._stay = message.stay
 
     # -- starting -----------------------------------------------------------------------------
 
     def _launch(self, launch: Launch, unheard: list[object]) -> None:
+        size = len(launch.worker_fds)
+        if launch.granted:
+            try:
+                fds = _preload.receive_granted(self._grants, size + 1)
+            except OSError as error:
+                for rank in range(size):
+                    self._say(SpawnFailed(rank, str(error)))
+                return
+            *launch.worker_fds, launch.status_fd = fds
         for fd in (*launch.worker_fds, launch.status_fd):
             os.set_inheritable(fd, False)
         self._pipes.begin(launch)
         forks = launch.start_method == "forkserver"
         if forks and not self._preload(launch, unheard):
             return
-        for rank in range(len(launch.worker_fds)):
+        for rank in range(size):
             child = Child(launch.name, rank, raw=launch.mode != "prefix")
             try:
                 become = (lambda rank: self._become(launch, rank)) if forks else None
@@ -197,8 +220,11 @@ class Launcher:
 
     def _preload(self, launch: Launch, unheard: list[object]) -> bool:
         """Import what is to be shared. False if no rank is to be started from here."""
+        if self._shared is not None:
+            self._shared.adapt(launch)
+            return True
         try:
-            seconds, refused = _preload.share(launch, self._control.fileno(), self._driver)
+            self._shared = _preload.share(launch, self._control.fileno(), self._driver)
         except _preload.PreloadFailed as error:
             for rank, fd in enumerate(launch.worker_fds):
                 os.close(fd)
@@ -206,8 +232,8 @@ class Launcher:
             return False
         finally:
             self._wake.arm()  # an imported module may have had other ideas
-        self._say(Preloaded(seconds, refused))
-        if refused is not None:
+        self._say(Preloaded(self._shared.seconds, self._shared.refused))
+        if self._shared.refused is not None:
             self._flush_all()
             _spawn.limit_descriptors(self._nofile)
             _preload.start_anew(self._control, self._driver, launch, unheard)
@@ -227,7 +253,7 @@ class Launcher:
         self._wake.close()
         for child in self._children:
             child.close()
-        for fd in (self._driver, *launch.worker_fds[rank + 1 :]):
+        for fd in (self._driver, self._grants, *launch.worker_fds[rank + 1 :]):
             os.close(fd)
         _preload.become(launch.name, rank, launch.environments[rank])
 
@@ -266,12 +292,23 @@ class Launcher:
         if self._driver_poll.poll(0):
             raise DriverGone
 
-    def _finish(self) -> None:
+    def _finish(self) -> bool:
+        """End the ranks. Returns whether the launcher stays, for others."""
         self._told_dying = clock()
         left = self._reaper.end(self._wait_for_ends)
         self._pipes.finish()
-        self._control.send(Gone(left))
+        # It must be as it was when it was found fit to fork; a module's own child is gone now.
+        stay = (
+            self._stay
+            and self._shared is not None
+            and not left
+            and self._reaper.spared_none()
+            and _preload.why_not_fork() is None
+        )
+        self._children.clear()
+        self._control.send(Gone(left, stay))
         self._flush_all()
+        return stay
 
     def _wait_for_ends(self) -> None:
         now = clock()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rankwise._calls import Call
     from rankwise._engine import Engine
     from rankwise._future import GroupFuture
+    from rankwise._seat import Seat
     from rankwise._spec import GroupSpec
 
 logger = logging.getLogger("rankwise")
@@ -85,9 +86,9 @@ def _close_all(owner: int) -> None:
             engine.close(max(0.0, until - clock()))
 
 
-def abandon(engine: Engine, name: str) -> None:
-    """The group of `engine` was collected without having been closed. A finalizer."""
-    if engine.abandon():
+def abandon(owner: Engine | Seat, name: str) -> None:
+    """The group of `owner` was collected without having been closed. A finalizer."""
+    if owner.abandon():
         warnings.warn(
             f"the WorkerGroup {name!r} was collected without having been closed: use `with`, or "
             "call close()",

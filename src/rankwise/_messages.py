@@ -2,7 +2,7 @@
 
     driver   ==frame==>  worker      Boot once, then Call ...; Exit closes the channel in order
     worker   ==frame==>  driver      Ready or Failed once, then one Ok or Failed for each Call
-    driver   ==message=> launcher    Launch once, then Signal, Shown, Finish
+    driver   ==message=> launcher    Launch, then Signal, Shown, Finish
     launcher ==message=> driver    Preloaded, Spawned, SpawnFailed, Exited, Output, Dying, then Gone
 
 A frame is a header of 24 bytes and a body (`wire.channel`). A message is one of the slotted classes
@@ -44,11 +44,13 @@ DEADLINE: Final = Struct("<d")
 
 
 class Launch:
-    """Start these ranks. The descriptors were inherited under the numbers given here."""
+    """Start these ranks. The descriptors were inherited under the numbers given here, or are
+    `granted`: they wait on the socket for that, the workers' in rank order, then the status page's.
+    """
 
     __slots__ = (
-        "color", "environments", "mode", "name", "preload", "python", "root", "start_method",
-        "status_fd", "sys_path", "worker_fds",
+        "color", "environments", "granted", "mode", "name", "preload", "python", "root",
+        "start_method", "status_fd", "sys_path", "worker_fds",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +64,7 @@ class Launch:
         environments: list[dict[str, str]],
         worker_fds: list[int],
         status_fd: int,
+        granted: bool = False,
         preload: tuple[str, ...],
         mode: str,
         color: bool,
@@ -74,6 +77,7 @@ class Launch:
         self.environments = environments  # one a rank, whole
         self.worker_fds = worker_fds  # the workers' ends of the call channels, one a rank
         self.status_fd = status_fd
+        self.granted = granted
         self.preload = preload
         self.mode = mode  # "prefix", "inherit" or "off"
         self.color = color
@@ -101,9 +105,16 @@ class Shown:
 
 
 class Finish:
-    """SIGKILL what is left, with all descendants; report each end; say Gone; exit."""
+    """SIGKILL what is left, with all descendants; report each end; say Gone; exit.
 
-    __slots__ = ()
+    stay: if it can fork other ranks from what it has imported, the launcher does not exit, but
+    waits for the next Launch.
+    """
+
+    __slots__ = ("stay",)
+
+    def __init__(self, stay: bool = False) -> None:
+        self.stay = stay
 
 
 class Preloaded:
@@ -191,14 +202,16 @@ class Dying:
 
 
 class Gone:
-    """Every worker and descendant has ended and been reaped: the launcher's last word.
+    """Every worker and descendant has ended and been reaped: the launcher's last word, unless it
+    stays, `warm`, for the next Launch.
 
     left: the pids, if any, that did not end though SIGKILL was sent to them and ten seconds passed:
     the kernel holds them (a device driver or a network file system hangs).
     """
 
-    __slots__ = ("left",)
-    __match_args__ = ("left",)
+    __slots__ = ("left", "warm")
+    __match_args__ = ("left", "warm")
 
-    def __init__(self, left: tuple[int, ...] = ()) -> None:
+    def __init__(self, left: tuple[int, ...] = (), warm: bool = False) -> None:
         self.left = left
+        self.warm = warm

@@ -83,6 +83,10 @@ class Reaper:
         """The children of now (what a preloaded module has started) are nobody's orphans."""
         self._own = frozenset(_procfs.children(os.getpid()))
 
+    def spared_none(self) -> bool:
+        """Whether there were no such children."""
+        return not self._own
+
     def reap(self, *, silent: bool = False) -> bool:
         """Reap one process that has ended, and report it if it was a rank; False if there is none.
         Raises ChildProcessError if no child is left. silent: call neither of our callers."""

@@ -2,6 +2,8 @@
 
 ManyView  its calls give a list, in the view's order        group, group[2:6], group[[0, 4]]
 OneView   its calls give the bare value                     group[0], options(reply_from=0)
+
+It is long because each verb's type is written out for either view: typing has no shorter way.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rankwise._engine import Engine
+    from rankwise._seat import Seat
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,7 +36,7 @@ T = TypeVar("T")
 class View:
     """What every view has. `_bare`: the rank whose bare value is the result; None: a list."""
 
-    _engine: Engine
+    _seat: Seat
     _ranks: tuple[int, ...]
     _group: object
     _options: Options
@@ -41,17 +44,21 @@ class View:
 
     def _init_view(
         self,
-        engine: Engine,
+        seat: Seat,
         ranks: tuple[int, ...],
         group: object,
         bare: int | None,
         options: Options,
     ) -> None:
-        self._engine = engine
+        self._seat = seat  # where the engine is found: another one after a restart
         self._ranks = ranks
         self._group = group  # a view keeps its group alive
         self._bare = bare
         self._options = options
+
+    @property
+    def _engine(self) -> Engine:
+        return self._seat.engine
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -64,11 +71,11 @@ class View:
 
     # -- making calls -------------------------------------------------------------------------
 
-    def _make(self, method: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _make(
+        self, engine: Engine, method: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call:
         name, sent = resolve_method(method)
-        return self._make_call(
-            name, encode_call(sent, args, kwargs, self._engine.arena, self._ranks)
-        )
+        return self._make_call(name, encode_call(sent, args, kwargs, engine.arena, self._ranks))
 
     def _make_call(self, name: str, body: bytes, bodies: dict[int, bytes] | None = None) -> Call:
         options = self._options
@@ -86,15 +93,13 @@ class View:
             grace=options.grace,
         )
 
-    def _run(self, call: Call) -> Any:
-        engine = self._engine
+    def _run(self, engine: Engine, call: Call) -> Any:
         refusal = engine.run(call)
         if refusal is not None:
             raise explain(refusal, None, engine)
         return take(call, engine)
 
-    def _submit(self, call: Call) -> GroupFuture[Any]:
-        engine = self._engine
+    def _submit(self, engine: Engine, call: Call) -> GroupFuture[Any]:
         future = GroupFuture[Any](call, engine, self._group)
         refusal = engine.submit((call,))
         if refusal is not None:
@@ -103,13 +108,18 @@ class View:
         return future
 
     def _scatter(
-        self, method: object, parts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        engine: Engine,
+        method: object,
+        parts: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Call:
         name, sent = resolve_method(method)
         if isinstance(parts, (str, bytes, dict, set, frozenset)) or not hasattr(parts, "__len__"):
             raise wrong_type("parts", "a sequence with one item a rank", parts)
         one_a_rank("parts", parts, len(self._ranks))
-        arena = self._engine.arena
+        arena = engine.arena
         bodies = {
             rank: encode_call(sent, (part, *args), kwargs, arena, (rank,))
             for rank, part in zip(self._ranks, parts, strict=True)
@@ -128,7 +138,7 @@ class View:
         Each has `.rank`. A rank that fails leaves the others alone (`on_error` is "continue").
         """
         name, sent = resolve_method(method)
-        engine = self._engine
+        engine = self._seat.engine
         body = encode_call(sent, args, kwargs, engine.arena, self._ranks)
         options = self._options
         until = deadline(options.timeout)
@@ -159,7 +169,7 @@ class View:
         Raises nothing of theirs; CallTimeout where `timeout` seconds were not enough.
         """
         until = deadline(check_timeout(timeout))
-        engine = self._engine
+        engine = self._seat.engine
         call = Call("flush", b"", ())
         engine.barrier(call)
         if not engine.wait(call, until):
@@ -191,8 +201,9 @@ class View:
             raise wrong_type("kwargs", "a mapping or None", kwargs)
         rank = check_reply_from(unique_reply_rank, self._ranks, "unique_reply_rank")
         view = self.options(timeout=timeout, reply_from=rank)
-        call = view._make(method, tuple(args), dict(kwargs or {}))
-        return view._submit(call) if non_block else view._run(call)
+        engine = self._seat.engine
+        call = view._make(engine, method, tuple(args), dict(kwargs or {}))
+        return view._submit(engine, call) if non_block else view._run(engine, call)
 
     # -- other views --------------------------------------------------------------------------
 
@@ -220,14 +231,14 @@ class View:
             bare = made.reply_from
         elif reply_from is not KEEP and len(self._ranks) > 1:
             bare = None
-        return make_view(self._engine, self._ranks, self._group, bare, made)
+        return make_view(self._seat, self._ranks, self._group, bare, made)
 
     def _pick(self, index: object) -> View:
         picked = pick(self._ranks, index)
         ranks = (picked,) if isinstance(picked, int) else picked
         options = self._options.narrowed(ranks)
         bare = picked if isinstance(picked, int) else options.reply_from
-        return make_view(self._engine, ranks, self._group, bare, options)
+        return make_view(self._seat, ranks, self._group, bare, options)
 
 
 class OneView(View):
@@ -241,7 +252,8 @@ class OneView(View):
     def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any: ...
     def call(self, method: object, /, *args: Any, **kwargs: Any) -> Any:
         """Run `method` on the view's ranks and wait for the value. Raises what it raised."""
-        return self._run(self._make(method, args, kwargs))
+        engine = self._seat.engine
+        return self._run(engine, self._make(engine, method, args, kwargs))
 
     @overload
     def submit(
@@ -251,7 +263,8 @@ class OneView(View):
     def submit(self, method: str, /, *args: Any, **kwargs: Any) -> GroupFuture[Any]: ...
     def submit(self, method: object, /, *args: Any, **kwargs: Any) -> GroupFuture[Any]:
         """Like `call`, but returns at once, never blocks, and gives a future."""
-        return self._submit(self._make(method, args, kwargs))
+        engine = self._seat.engine
+        return self._submit(engine, self._make(engine, method, args, kwargs))
 
     @overload
     def scatter(
@@ -266,7 +279,8 @@ class OneView(View):
     def scatter(self, method: str, parts: Sequence[Any], /, *args: Any, **kwargs: Any) -> Any: ...
     def scatter(self, method: object, parts: object, /, *args: Any, **kwargs: Any) -> Any:
         """`call`, with the i-th of `parts` before the other arguments for the i-th rank."""
-        return self._run(self._scatter(method, parts, args, kwargs))
+        engine = self._seat.engine
+        return self._run(engine, self._scatter(engine, method, parts, args, kwargs))
 
     @overload
     def __getitem__(self, index: int) -> OneView: ...
@@ -320,7 +334,8 @@ class ManyView(View):
             and called as `f(worker, *args, **kwargs)`. All that follows is the method's own.
         Raises what the rank raised that failed first; see `options` for the rest.
         """
-        return self._run(self._make(method, args, kwargs))
+        engine = self._seat.engine
+        return self._run(engine, self._make(engine, method, args, kwargs))
 
     @overload
     def submit(
@@ -330,7 +345,8 @@ class ManyView(View):
     def submit(self, method: str, /, *args: Any, **kwargs: Any) -> GroupFuture[list[Any]]: ...
     def submit(self, method: object, /, *args: Any, **kwargs: Any) -> GroupFuture[Any]:
         """Like `call`, but returns at once, never blocks, and gives a future."""
-        return self._submit(self._make(method, args, kwargs))
+        engine = self._seat.engine
+        return self._submit(engine, self._make(engine, method, args, kwargs))
 
     @overload
     def scatter(
@@ -350,7 +366,8 @@ class ManyView(View):
 
         Raises ValueError where `parts` has not one item a rank.
         """
-        return self._run(self._scatter(method, parts, args, kwargs))
+        engine = self._seat.engine
+        return self._run(engine, self._scatter(engine, method, parts, args, kwargs))
 
     @overload
     def __getitem__(self, index: int) -> OneView: ...
@@ -393,8 +410,8 @@ class ManyView(View):
 
 
 def make_view(
-    engine: Engine, ranks: tuple[int, ...], group: object, bare: int | None, options: Options
+    seat: Seat, ranks: tuple[int, ...], group: object, bare: int | None, options: Options
 ) -> View:
     view: View = ManyView() if bare is None else OneView()
-    view._init_view(engine, ranks, group, bare, options)
+    view._init_view(seat, ranks, group, bare, options)
     return view

@@ -34,7 +34,9 @@ class FakeRanks:
 
 @pytest.fixture
 def engine():
-    return types.SimpleNamespace(name="gpt", world_size=3, ranks=FakeRanks(), arena=None)
+    return types.SimpleNamespace(
+        name="gpt", outlook=None, world_size=3, ranks=FakeRanks(), arena=None
+    )
 
 
 def make_call(*answers, error=None, **options):

@@ -27,6 +27,7 @@ LAYERS = (
     ("other ways in", "torch", "compat.*", "cli.*", "testing"),
     ("the public names", ""),
     ("the user's verbs", "_group"),
+    ("where its engine sits", "_seat"),
     ("their parts", "_start", "_views", "_health", "_shared_array"),
     ("the choice of an engine", "backends"),
     ("engines", "backends.local", "backends.inline", "backends.ray"),
@@ -54,6 +55,7 @@ LAYERS = (
     ("its parts", "wire.blocks", "wire.mapping"),
     ("what a rank finds", "_environment"),
     ("what a group is", "_spec"),
+    ("what it inherits, and when it starts again", "_inherited", "_restart"),
     (
         "the ground", "_checks", "_procfs", "_rankinfo", "_spin", "_status", "_messages",
         "_deadline", "_interrupts", "errors", "wire", "logs",

@@ -7,10 +7,13 @@ if TYPE_CHECKING:
     from rankwise._calls import Call
     from rankwise._engine import Engine
     from rankwise._spec import GroupSpec
+    from rankwise.backends.launching import Held
 
 
-def launch(spec: GroupSpec) -> tuple[Engine, Call]:
+def launch(spec: GroupSpec, warm: Held | None = None) -> tuple[Engine, Call]:
     """Start the ranks of `spec`: the engine, and the call that makes the worker objects.
+
+    warm: a launcher that has imported `preload` already; taken if there is use for it.
 
     Raises SerializationError before anything is started. Whatever it raises, nothing is left.
     """
@@ -19,7 +22,7 @@ def launch(spec: GroupSpec) -> tuple[Engine, Call]:
     from rankwise.backends.boot import encode_targets
 
     blobs = encode_targets(spec)
-    started = Shielded(lambda: _start(spec, blobs))
+    started = Shielded(lambda: _start(spec, blobs, warm))
     try:
         return started.run()
     except BaseException:
@@ -28,7 +31,7 @@ def launch(spec: GroupSpec) -> tuple[Engine, Call]:
         raise
 
 
-def _start(spec: GroupSpec, blobs: list[bytes]) -> tuple[Engine, Call]:
+def _start(spec: GroupSpec, blobs: list[bytes], warm: Held | None) -> tuple[Engine, Call]:
     from rankwise.backends.boot import boot_call
 
     engine: Engine
@@ -39,7 +42,7 @@ def _start(spec: GroupSpec, blobs: list[bytes]) -> tuple[Engine, Call]:
     else:
         from rankwise.backends.local import start_local
 
-        engine = start_local(spec)
-    boot = boot_call(engine.infos, blobs, engine.spin)
+        engine = start_local(spec, warm)
+    boot = boot_call(engine.infos, blobs, engine.spin, spec.inherited)
     engine.submit((boot,))
     return engine, boot

@@ -5,7 +5,6 @@ encode (in the driver, before any process) > Boot ==frame==> import > construct 
 
 from __future__ import annotations
 
-import sys
 from _pickle import dumps
 
 from rankwise._answers import describe_death, died
@@ -18,6 +17,7 @@ from rankwise.wire import codec
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from rankwise._engine import Engine
+    from rankwise._inherited import Inherited
     from rankwise._rankinfo import RankInfo
     from rankwise._spec import GroupSpec
     from rankwise._spin import Spin
@@ -34,11 +34,11 @@ def encode_targets(spec: GroupSpec) -> list[bytes]:
     ]
 
 
-def boot_call(infos: list[RankInfo], blobs: list[bytes], spin: Spin) -> Call:
+def boot_call(infos: list[RankInfo], blobs: list[bytes], spin: Spin, inherited: Inherited) -> Call:
     """The call that makes the worker objects."""
     settings = {
-        "sys_path": list(sys.path),
-        "argv": list(sys.argv),
+        "sys_path": inherited.sys_path,
+        "argv": inherited.argv,
         "spin": (spin.most, spin.learns),
     }
     bodies = {
@@ -47,6 +47,20 @@ def boot_call(infos: list[RankInfo], blobs: list[bytes], spin: Spin) -> Call:
     }
     ranks = tuple(range(len(infos)))
     return Call("construct", b"", ranks, bodies=bodies, kind=BOOT)
+
+
+def check_ready(spec: GroupSpec, engine: Engine, boot: Call, timed_out: bool) -> None:
+    """Return if the `boot` call of `engine` has made its ranks ready; else end it and raise why."""
+    engine.starting = False
+    engine.learn_pids()
+    error = startup_error(boot, engine, timed_out, spec.start_timeout or 0.0)
+    if error is None:
+        return
+    engine.kill()
+    report = None if error.rank is None else engine.ranks.reports.get(error.rank)
+    if report is not None and not error.log_tail:
+        error.log_tail = report.log_tail
+    raise error
 
 
 def startup_error(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     Frame = tuple[int, int, int, bytes]
 
+PATIENCE = 5.0  # seconds that an end waits for a callback of the user's
 NOTICE = 0.2  # seconds that an idle rank's thread has, even at a kill, to see that it is over
 
 
@@ -75,7 +76,9 @@ class InlineEngine:
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)  # a timer, or the end
         self._callbacks = Callbacks(spec.name)
-        self._on_failure = spec.on_failure
+        self.on_break: Callable[[Error], object] | None = self.tell_failure
+        self.outlook: str | None = None
+        self.retired = False
         self._closed = False
         self._abandoned = False
         self._ending = False
@@ -207,7 +210,7 @@ class InlineEngine:
         _lifetime.log_unfetched(future)
 
     def refusal(self) -> Error | None:
-        return Closed() if self._closed else self._ledger.refusal()
+        return Closed() if self._closed and not self.retired else self._ledger.refusal()
 
     def owed(self) -> dict[int, Call]:
         with self._lock:
@@ -227,14 +230,19 @@ class InlineEngine:
                 self._callbacks.put(future.announce)  # type: ignore[attr-defined]
             call.future = None
         if ledger.broken is not None:
-            self._report_failure(ledger.broken)
+            self.report_failure(ledger.broken)
         while ledger.reports:
             _lifetime.log_failure(*ledger.reports.popleft())
 
-    def _report_failure(self, cause: Error) -> None:
+    def report_failure(self, cause: Error) -> None:
         with self._lock:
-            on_failure, self._on_failure = self._on_failure, None
-        if on_failure is not None and not isinstance(cause, Closed):
+            on_break, self.on_break = self.on_break, None
+        if on_break is not None and not isinstance(cause, Closed):
+            on_break(cause)
+
+    def tell_failure(self, cause: Error) -> None:
+        on_failure = self.spec.on_failure
+        if on_failure is not None:
             self.defer(lambda: on_failure(broken(cause, self)))
 
     # -- the end ------------------------------------------------------------------------------
@@ -265,7 +273,7 @@ class InlineEngine:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(left(until))
-        self._callbacks.close()
+        self._callbacks.close(0.0 if self.retired else PATIENCE)
         self._ended = True
         if not any(thread.is_alive() for thread in self._threads):
             self.ranks.forget_status()
@@ -273,6 +281,10 @@ class InlineEngine:
     def kill(self) -> None:
         """Settle every open call and stop listening. A thread in the user's code runs on."""
         self.close(0.0, drop=True)
+
+    def retire(self, timeout: float | None) -> None:
+        self.retired = True
+        self.close(timeout, drop=True)
 
     def _end(self) -> None:
         with self._lock:
