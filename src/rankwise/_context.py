@@ -19,27 +19,13 @@ if TYPE_CHECKING:
 class CurrentCall:
     """The call that a worker is running: `id`, `method`, `remaining()`, `cancelled()`."""
 
-    __slots__ = ("_deadline", "_owner", "_words", "id", "method")
+    __slots__ = ("_deadline", "_words", "id", "method")
 
-    def __init__(
-        self,
-        id: int,
-        method: str,
-        deadline: float | None,
-        words: memoryview,
-        owner: object = None,
-    ) -> None:
+    def __init__(self, id: int, method: str, deadline: float | None, words: memoryview) -> None:
         self.id = id
         self.method = method
         self._deadline = deadline
         self._words = words
-        self._owner = owner  # the worker object, where the method was looked up on it
-
-    @property
-    def where(self) -> str:
-        """The method, with the class of the worker where it is that one's own."""
-        owner = self._owner
-        return self.method if owner is None else f"{type(owner).__name__}.{self.method}"
 
     def __repr__(self) -> str:
         return f"CurrentCall(id={self.id}, method={self.method!r})"
@@ -54,15 +40,40 @@ class CurrentCall:
 
 
 class Place:
-    """Where some code runs: the rank's info, and the call that it is in."""
+    """Where some code runs: the rank's info, and the call that it is in.
 
-    __slots__ = ("call", "forked", "info", "rank0")
+    What there is of a call is a few stores; the object for `current_call` is made when it is asked
+    for.
+    """
 
-    def __init__(self, info: RankInfo) -> None:
+    __slots__ = (
+        "_call", "call_id", "deadline", "forked", "info", "method", "owner", "rank0", "words",
+    )  # fmt: skip
+
+    def __init__(self, info: RankInfo, words: memoryview) -> None:
         self.info = info
-        self.call: CurrentCall | None = None
+        self.words = words  # the rank's status page
+        self.call_id = 0  # 0: in none; stored after the rest
+        self.method = ""
+        self.deadline: float | None = None
+        self.owner: object = None  # the worker object, where the method was looked up on it
+        self._call: CurrentCall | None = None
         self.rank0: memoryview | None = None  # rank 0's status page; None for a thread's rank
         self.forked = False  # this is a child that the worker forked
+
+    def call(self) -> CurrentCall | None:
+        """The call that it is in; the same object as long as it is in that."""
+        call_id = self.call_id
+        if not call_id:
+            return None
+        if self._call is None or self._call.id != call_id:
+            self._call = CurrentCall(call_id, self.method, self.deadline, self.words)
+        return self._call
+
+    def where(self) -> str:
+        """The method it was in last, with the class of the worker where it is that one's own."""
+        owner = self.owner
+        return self.method if owner is None else f"{type(owner).__name__}.{self.method}"
 
 
 _process: Place | None = None
@@ -102,6 +113,7 @@ def worker_info() -> RankInfo:
 def current_call() -> CurrentCall:
     """The call that the worker is running. Raises RuntimeError where it runs none."""
     place = current_place()
-    if place is None or place.call is None:
+    call = None if place is None else place.call()
+    if call is None:
         raise RuntimeError("current_call() was called outside a call of a WorkerGroup")
-    return place.call
+    return call

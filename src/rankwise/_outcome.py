@@ -1,6 +1,6 @@
-"""Ok | Failed: the only place where a user's exceptions are caught, and made again.
+"""A value, or Failed: the only place where a user's exceptions are caught, and made again.
 
-worker:  capture(method, args, kwargs) > Ok(value) | Failed(exception) > frame
+worker:  capture(function, *args) > value | Failed(exception) > frame
 driver:  frame > failure(...) > the exception that the caller catches, with RemoteError as its cause
 """
 
@@ -16,18 +16,9 @@ from rankwise.wire import codec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
     from types import FrameType
-
-
-class Ok:
-    """The method returned `value`."""
-
-    __slots__ = ("value",)
-    __match_args__ = ("value",)
-
-    def __init__(self, value: object) -> None:
-        self.value = value
+    from typing import Any
 
 
 class Failed:
@@ -41,12 +32,11 @@ class Failed:
         self.when = clock()
 
 
-def capture(
-    method: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> Ok | Failed:
-    """Run the user's code; whatever it raises is a value. A worker's exit is not the driver's."""
+def capture(function: Callable[..., object], *args: object) -> Any:
+    """Run the user's code: its value, or Failed, which is nobody else's. A worker's exit is not
+    the driver's."""
     try:
-        return Ok(method(*args, **kwargs))
+        return function(*args)
     except BaseException as error:
         return Failed(error)
 

@@ -1,7 +1,7 @@
 """The worker's main: bootstrap, loop, capture, reply.
 
     launcher > main > serve_process > serve
-    channel ==frame==> receive > load > your method > Ok | Failed > encode > reply ==frame==> driver
+    channel ==frame==> receive > load > method > value | Failed > encode > reply ==frame==> driver
 
 One thread, the process's main one, receives, runs and answers; calls are run in the order in which
 they come. What your method raises is a value (`_outcome.capture`), SystemExit too. `serve` itself
@@ -15,6 +15,7 @@ import sys
 import time
 from _pickle import loads as plain_loads
 from functools import partial
+from types import CoroutineType as coroutine
 
 from rankwise import _context
 from rankwise._messages import (
@@ -29,7 +30,7 @@ from rankwise._messages import (
     WANT_VALUE,
 )
 from rankwise._methods import method_name
-from rankwise._outcome import Failed, Ok, capture, encode_failure, format_traceback
+from rankwise._outcome import Failed, capture, encode_failure, format_traceback
 from rankwise._rankinfo import RankInfo
 from rankwise._spin import Spin
 from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SINCE
@@ -37,6 +38,7 @@ from rankwise._status import EXIT as EXITING
 from rankwise.wire import codec
 from rankwise.wire.arena import open_arena
 from rankwise.wire.channel import TooLarge, WorkerChannel
+from rankwise.wire.codec import loads
 from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False
@@ -73,18 +75,20 @@ def serve(
         return
     worker, place = made
     arena = channel.arena
+    receive = channel.receive
+    now = time.monotonic_ns
     while True:
         try:
-            frame = channel.receive()
+            frame = receive()
         except TooLarge as error:
             channel.reply(FAILED, error.call_id, encode_failure(Failed(error)))
             continue
         if frame is None or frame[0] == EXIT:
             break
         _, flags, call_id, body = frame
-        words[SINCE] = time.monotonic_ns()
+        words[SINCE] = now()
         words[RUNNING] = call_id
-        outcome = capture(_run, (worker, place, words, arena, flags, call_id, body), {})
+        outcome = capture(_run, worker, place, arena, flags, call_id, body)
         kind, answer = _answer(outcome, place, arena, flags)
         del outcome
         del frame, body  # a worker that waits keeps nothing of the last call alive
@@ -113,7 +117,7 @@ def _construct(
     words[SINCE] = time.monotonic_ns()
     words[PHASE] = IMPORT
     fields, settings, blob = plain_loads(body)
-    place = _context.Place(RankInfo(*fields))
+    place = _context.Place(RankInfo(*fields), words)
     prepare(place, settings)
 
     def make() -> object:
@@ -127,40 +131,37 @@ def _construct(
             worker = worker if entered is None else entered
         return worker
 
-    match capture(make, (), {}):
-        case Ok(worker):
-            words[SINCE] = time.monotonic_ns()
-            words[RUNNING] = call_id  # not idle before the answer has left
-            words[PHASE] = READY
-            words[DONE] = call_id
-            channel.reply(ACK, call_id, b"")
-            words[RUNNING] = 0
-            return worker, place
-        case failed:
-            assert isinstance(failed, Failed)
-            channel.reply(FAILED, call_id, encode_failure(failed))
-            return None
+    worker = capture(make)
+    if type(worker) is Failed:
+        channel.reply(FAILED, call_id, encode_failure(worker))
+        return None
+    words[SINCE] = time.monotonic_ns()
+    words[RUNNING] = call_id  # not idle before the answer has left
+    words[PHASE] = READY
+    words[DONE] = call_id
+    channel.reply(ACK, call_id, b"")
+    words[RUNNING] = 0
+    return worker, place
 
 
 def _answer(
-    outcome: Ok | Failed, place: _context.Place, arena: Arena | None, flags: int
+    outcome: object, place: _context.Place, arena: Arena | None, flags: int
 ) -> tuple[int, bytes]:
     """The kind and the body of the answer to the call that `place` was in."""
-    call, place.call = place.call, None
-    if isinstance(outcome, Ok):
+    place.call_id = 0
+    if type(outcome) is not Failed:
         if not flags & WANT_VALUE:
             return ACK, b""
         try:
-            return OK, codec.encode_result(outcome.value, arena)
+            return OK, codec.encode_result(outcome, arena)
         except BaseException as error:  # its own __reduce__ may even call sys.exit
             outcome = Failed(error)
-    return FAILED, encode_failure(outcome, "" if call is None else call.where)
+    return FAILED, encode_failure(outcome, place.where())
 
 
 def _run(
     worker: object,
     place: _context.Place,
-    words: memoryview,
     arena: Arena | None,
     flags: int,
     call_id: int,
@@ -173,21 +174,25 @@ def _run(
         (deadline,) = DEADLINE.unpack_from(body)
         data = memoryview(body)[DEADLINE.size :]
     try:
-        method, args, kwargs = codec.loads(data, arena)
+        method, args, kwargs = loads(data, arena)
     except Exception as error:
+        place.method, place.owner = "", None
         error.add_note("raised while the arguments were rebuilt in the worker")
         raise
+    place.deadline = deadline
     if type(method) is str:
-        place.call = _context.CurrentCall(call_id, method, deadline, words, worker)
+        place.method = method
+        place.owner = worker
+        place.call_id = call_id
         value = getattr(worker, method)(*args, **kwargs)
     else:
-        name = method_name(method)
-        place.call = _context.CurrentCall(call_id, name, deadline, words)
+        place.method = method_name(method)
+        place.owner = None
+        place.call_id = call_id
         value = method(worker, *args, **kwargs)
-    if type(value).__name__ == "coroutine" and hasattr(value, "cr_frame"):
+    if type(value) is coroutine:
         value.close()
-        name = place.call.method
-        raise TypeError(f"{name} is an async method: rankwise runs ordinary methods only")
+        raise TypeError(f"{place.method} is an async method: rankwise runs ordinary methods only")
     return value
 
 
@@ -195,7 +200,7 @@ def _leave(worker: object) -> None:
     """The orderly end: the object's own exit, then what torch wants written."""
     leave = getattr(type(worker), "__exit__", None)
     if leave is not None and hasattr(type(worker), "__enter__"):
-        outcome = capture(leave, (worker, None, None, None), {})
+        outcome = capture(leave, worker, None, None, None)
         if isinstance(outcome, Failed):
             _print_error("rankwise: the worker's __exit__ failed", outcome.error)
     tunable = getattr(getattr(sys.modules.get("torch"), "cuda", None), "tunable", None)

@@ -14,10 +14,10 @@ The worker's end belongs to one thread that nothing interrupts, and may block.
 
 from __future__ import annotations
 
-import os
 import select
 from _socket import MSG_NOSIGNAL
 from contextlib import suppress
+from os import sched_yield
 
 from rankwise._deadline import clock
 from rankwise._messages import HEADER, MAGIC
@@ -224,7 +224,8 @@ class WorkerChannel:
     """The worker's end: one thread receives, runs and answers; it may block."""
 
     __slots__ = (
-        "_data", "_poll", "_recv", "_recv_into", "_sent", "_sequence", "_sock", "arena", "spin",
+        "_data", "_poll", "_recv", "_recv_into", "_send", "_sent", "_sequence", "_sock",
+        "arena", "spin",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, spin: Spin) -> None:
@@ -232,6 +233,7 @@ class WorkerChannel:
         self._sock = sock
         self._recv = sock.recv
         self._recv_into = sock.recv_into
+        self._send = sock.send
         self._data = b""
         self._sequence = 0
         self._sent = 0
@@ -252,7 +254,9 @@ class WorkerChannel:
             if not more:
                 return None
             data = data + more if data else more
-        kind, flags, sequence, call_id, length = check_header(data, 0)
+        magic, kind, flags, sequence, call_id, length = unpack_header(data)
+        if magic != MAGIC or length > MAX_BODY:
+            check_header(data, 0)  # says what is wrong
         if sequence != self._sequence & SEQUENCE_MASK:
             raise BadFrame(f"frame {sequence} came where {self._sequence} was due")
         self._sequence += 1
@@ -300,17 +304,18 @@ class WorkerChannel:
             pass
         except OSError:
             return b""
-        began = clock()
+        began = now = clock()
         until = began + self.spin.budget
         while True:
-            if clock() < until:
-                os.sched_yield()
+            if now < until:
+                sched_yield()
             else:
-                again = None if self.arena is None else self.arena.tend(clock())
+                again = None if self.arena is None else self.arena.tend(now)
                 self._poll.poll(None if again is None else max(0.0, again - clock()) * 1000)
             try:
                 data = recv(size)
             except BlockingIOError:
+                now = clock()
                 continue
             except OSError:
                 return b""
@@ -319,14 +324,17 @@ class WorkerChannel:
 
     def reply(self, kind: int, call_id: int, body: bytes) -> None:
         """Answer; waits for as long as the driver does not read. Silent where it is gone."""
-        header = pack_header(MAGIC, kind, 0, self._sent & SEQUENCE_MASK, call_id, len(body))
+        size = len(body)
+        header = pack_header(MAGIC, kind, 0, self._sent & SEQUENCE_MASK, call_id, size)
         self._sent += 1
-        parts = (header + body,) if len(body) < JOIN_SIZE else (header, body)
-        for part in parts:
-            self._send_all(part)
+        if size < JOIN_SIZE:
+            self._send_all(header + body)
+        else:
+            self._send_all(header)
+            self._send_all(body)
 
     def _send_all(self, part: bytes) -> None:
-        send = self._sock.send
+        send = self._send
         try:
             done = send(part)
         except BlockingIOError:

@@ -91,7 +91,7 @@ def encode_call(
 def encode_result(value: object, arena: Arena | None = None) -> bytes:
     """The body of a result: `value`, pickled. Raises as `encode_call`; the path is `result...`."""
     try:
-        if _all_plain((value,)):
+        if type(value) in _ATOMS or _all_plain((value,)):
             body = _dumps(value, PROTOCOL)
             if arena is None or len(body) < LARGE:
                 return body
