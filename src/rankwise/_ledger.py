@@ -130,13 +130,14 @@ class Ledger:
                 queue.popleft()
                 continue
             inflight = self.inflight[rank]
-            if len(inflight) >= WINDOW_CALLS and call.id not in inflight:
-                return None
-            size = len(call.body if call.bodies is None else call.bodies[rank])
-            if size > SMALL_BODY and inflight and call.id not in inflight:
-                ahead = sum(len(other.body_for(rank)) for other in inflight.values())
-                if ahead + size > WINDOW_BYTES:
+            if inflight and call.id not in inflight:
+                if len(inflight) >= WINDOW_CALLS:
                     return None
+                size = len(call.body_for(rank))
+                if size > SMALL_BODY:
+                    ahead = sum(len(other.body_for(rank)) for other in inflight.values())
+                    if ahead + size > WINDOW_BYTES:
+                        return None
             inflight[call.id] = call
             call.begun = True
             return call

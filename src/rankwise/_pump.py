@@ -93,9 +93,10 @@ class Pump:
                 if refusal is not None:
                     return refusal
                 ledger.place(calls)
+                flush = self.sockets.flush
                 for call in calls:
                     for rank in call.ranks:
-                        self.sockets.flush(rank)
+                        flush(rank)
                 lead = self.lead
                 if lead.leader is None:
                     if waiter is not None:
@@ -263,6 +264,7 @@ class Pump:
 
     def _serve(self, events: list[tuple[int, int]]) -> None:
         sockets = self.sockets
+        ready: list[int] = []
         for fd, event in events:
             rank = sockets.ranks.get(fd)
             if rank is None:
@@ -276,7 +278,8 @@ class Pump:
                     self.ledger.mend()
                     self.sockets.flush(rank)
             if event & ~OUT:
-                sockets.pull(rank)
+                ready.append(rank)
+        sockets.pull(ready)
         if sockets.deaths:
             sockets.bury()
         if self.ledger.settled:

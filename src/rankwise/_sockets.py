@@ -73,7 +73,7 @@ class Sockets:
             if call.deadline is not None:
                 flags |= HAS_DEADLINE
                 head = DEADLINE.pack(call.deadline)
-            body = call.body_for(rank)
+            body = call.body if call.bodies is None else call.bodies[rank]
             if type(body) is Lent:
                 body.hold.pending.discard(rank)  # from here on it is the rank's to let go
             try:
@@ -96,59 +96,88 @@ class Sockets:
             if self._ledger.queued(rank):
                 self.flush(rank)
 
-    def pull(self, rank: int) -> bool:
-        """Feed the ledger with what `rank` has sent. False: there is nothing more now."""
-        channel = self.channels[rank]
-        if channel.eof:
-            return False
-        more = channel.receive()
-        try:
-            frames, data, used = channel.frames()
-        except BadFrame as reason:
-            self._garbled(rank, str(reason))
-            return False
-        if frames:
+    def pull(self, ranks: list[int]) -> bool:
+        """Feed the ledger with what `ranks` have sent. False: there is nothing more now.
+
+        All of them first give what they have, and then it is fed, with the lock taken once.
+        """
+        came = []
+        ended = []
+        more = False
+        for rank in ranks:
+            channel = self.channels[rank]
+            if channel.eof:
+                continue
+            if channel.receive():
+                more = True
+            elif channel.eof:
+                ended.append(rank)
+            try:
+                frames, data, used = channel.frames()
+            except BadFrame as reason:
+                self._garbled(rank, str(reason))
+                continue
+            if frames:
+                came.append((rank, channel, frames, data, used))
+        if came:
             now = clock()
-            failed = False
-            lent = False
             with self._lock:
-                ledger = self._ledger
-                ledger.mend()
-                if ledger.queued(rank):
-                    # Struck after a call's last byte, before that was noted: note it before the
-                    # answer is taken, or the call would be put under way a second time.
-                    self.flush(rank)
-                for kind, call_id, body, sequence in frames:
-                    ahead = (sequence - channel.receive_sequence) & SEQUENCE_MASK
-                    if kind == OK_LENT and ahead == 0 and self.arena is not None:
-                        lent = True
-                        kind, body = OK, self.arena.receive(body, rank, sequence)
-                    if ahead == 0 and kind in ANSWERS:
-                        ledger.reply(rank, call_id, kind, body, now)
-                        channel.receive_sequence += 1
-                        failed = failed or kind == FAILED  # which sets timers
-                    elif ahead < SEQUENCE_MASK >> 1:
-                        self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
-                        return False
-                channel.consume(data, used)
-                if lent and self.arena is not None:
-                    self.arena.dealt(rank)
-                if ledger.queued(rank):
-                    self.flush(rank)
-                if failed:
-                    self._on_news()
-        if channel.eof:
+                for rank, channel, frames, data, used in came:
+                    self._feed(rank, channel, frames, data, used, now)
+        for rank in ended:
             with self._lock:
-                self._forget(channel)
+                self._forget(self.channels[rank])
                 self._ledger.hangup(rank, clock())
                 self._on_news()
         return more
+
+    def _feed(
+        self,
+        rank: int,
+        channel: DriverChannel,
+        frames: list[tuple[int, int, bytes, int]],
+        data: bytes,
+        used: int,
+        now: float,
+    ) -> None:
+        """Feed the ledger with `frames`, which are the first `used` bytes of `data`."""
+        ledger = self._ledger
+        ledger.mend()
+        if ledger.queued(rank):
+            # Struck after a call's last byte, before that was noted: note it before the
+            # answer is taken, or the call would be put under way a second time.
+            self.flush(rank)
+        lent = False
+        failed = False
+        for kind, call_id, body, sequence in frames:
+            if sequence != channel.receive_sequence & SEQUENCE_MASK:
+                ahead = (sequence - channel.receive_sequence) & SEQUENCE_MASK
+                if ahead < SEQUENCE_MASK >> 1:
+                    self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
+                    return
+                continue  # fed already, by who was struck, or by a handler's own wait
+            if kind == OK_LENT and self.arena is not None:
+                lent = True
+                kind, body = OK, self.arena.receive(body, rank, sequence)
+            if kind not in ANSWERS:
+                self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
+                return
+            ledger.reply(rank, call_id, kind, body, now)
+            channel.receive_sequence += 1
+            failed = failed or kind == FAILED  # which sets timers
+        channel.consume(data, used)
+        if lent and self.arena is not None:
+            self.arena.dealt(rank)
+        if ledger.queued(rank):
+            self.flush(rank)
+        if failed:
+            self._on_news()
 
     def pull_stranded(self) -> None:
         """Deal with what a struck leader took off the sockets: no poll will tell of it again."""
         for rank, channel in enumerate(self.channels):
             if channel.holding:
-                self.pull(rank)
+                self.pull([rank])
 
     def _garbled(self, rank: int, reason: str) -> None:
         with self._lock:
@@ -165,7 +194,7 @@ class Sockets:
         # Empty the channel before believing the death: a worker may answer and exit, and we may
         # be told of the exit first. The other order throws a good answer away.
         for rank, report in list(self.deaths.items()):
-            while self.pull(rank):
+            while self.pull([rank]):
                 pass
             with self._lock:
                 self._forget(self.channels[rank])

@@ -104,23 +104,21 @@ class DriverChannel:
             frame = pack_header(
                 MAGIC, call.kind, flags, self._send_sequence & SEQUENCE_MASK, call.id,
                 len(head) + len(body),
-            ) + head  # fmt: skip
+            )  # fmt: skip
             if len(body) < JOIN_SIZE:
-                frame += body
+                frame += head + body if head else body
                 body = b""
+            else:
+                frame += head
             going = (call, frame, body, [])
             self._going = going
         _, frame, body, sent = going
-        total = len(frame) + len(body)
-        done = sum(sent)
+        size = len(frame)
         try:
-            while done < total:
-                if done < len(frame):
-                    sent.extend(map(self.send, (frame[done:],), NO_SIGNAL))
-                else:
-                    view = memoryview(body)[done - len(frame) :]
-                    sent.extend(map(self.send, (view,), NO_SIGNAL))
-                done = sum(sent)
+            if not sent:
+                sent.extend(map(self.send, (frame,), NO_SIGNAL))
+            if body or sent[0] != size:
+                self._send_rest(frame, body, sent)
         except BlockingIOError:
             return False
         if self._going is going:  # else a handler's own call has already finished it
@@ -128,6 +126,18 @@ class DriverChannel:
             self._send_sequence += 1
             self._last_sent = call.id
         return True
+
+    def _send_rest(self, frame: bytes, body: bytes, sent: list[int]) -> None:
+        size = len(frame)
+        total = size + len(body)
+        done = sum(sent)
+        while done < total:
+            if done < size:
+                sent.extend(map(self.send, (frame[done:],), NO_SIGNAL))
+            else:
+                view = memoryview(body)[done - size :]
+                sent.extend(map(self.send, (view,), NO_SIGNAL))
+            done = sum(sent)
 
     def send_farewell(self, call: Call) -> None:
         """Send `call`, which has no body, if the socket takes it now and no frame is on its way."""
