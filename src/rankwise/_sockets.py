@@ -102,7 +102,7 @@ class Sockets:
         All of them first give what they have, and then it is fed, with the lock taken once.
         """
         came = []
-        ended = []
+        ended: list[int] = []
         more = False
         for rank in ranks:
             channel = self.channels[rank]

@@ -252,7 +252,7 @@ class WorkerChannel:
         self.spin = spin
         self.arena: Arena | None = None  # tended while there is nothing to do
 
-    def receive(self) -> tuple[int, int, int, bytes | bytearray] | None:
+    def receive(self) -> tuple[int, int, int, bytes | bytearray | memoryview] | None:
         """(kind, flags, call id, body) of the next frame; None at end of file.
 
         Polls for a while (see `Spin`), then sleeps in the kernel. Raises BadFrame, and TooLarge for
@@ -260,7 +260,12 @@ class WorkerChannel:
         """
         data = self._data
         while len(data) < HEADER_SIZE:
-            more = self._wait()
+            try:
+                more = self._recv(RECEIVE_SIZE)
+            except BlockingIOError:
+                more = self._wait(RECEIVE_SIZE)
+            except OSError:
+                return None
             if not more:
                 return None
             data = data + more if data else more
@@ -271,7 +276,10 @@ class WorkerChannel:
             raise BadFrame(f"frame {sequence} came where {self._sequence} was due")
         self._sequence += 1
         end = HEADER_SIZE + length
-        if len(data) >= end:
+        if len(data) == end:
+            self._data = b""
+            return kind, flags, call_id, data[HEADER_SIZE:]
+        if len(data) > end:
             self._data = data[end:]
             return kind, flags, call_id, data[HEADER_SIZE:end]
         body = self._receive_body(call_id, data[HEADER_SIZE:], length)
@@ -306,16 +314,12 @@ class WorkerChannel:
                 at += count
         return body
 
-    def _wait(self, size: int = RECEIVE_SIZE) -> bytes:
+    def _wait(self, size: int) -> bytes:
+        """What the socket has next, when it has nothing now; nothing at its end."""
         recv = self._recv
-        try:
-            return recv(size)
-        except BlockingIOError:
-            pass
-        except OSError:
-            return b""
+        spin = self.spin
         began = now = clock()
-        until = began + self.spin.budget
+        until = began + spin.budget
         while True:
             if now < until:
                 sched_yield()
@@ -329,7 +333,8 @@ class WorkerChannel:
                 continue
             except OSError:
                 return b""
-            self.spin.waited(clock() - began)
+            if not spin.steady or now - began > spin.most:
+                spin.waited(clock() - began)
             return data
 
     def reply(self, kind: int, call_id: int, body: bytes) -> None:
