@@ -17,7 +17,16 @@ from termios import FIONREAD, TIOCOUTQ
 
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
-from rankwise._messages import ANSWERS, DEADLINE, FAILED, HAS_DEADLINE, OK, OK_LENT, WANT_VALUE
+from rankwise._messages import (
+    ANSWERS,
+    DEADLINE,
+    FAILED,
+    FAILED_LENT,
+    HAS_DEADLINE,
+    OK,
+    OK_LENT,
+    WANT_VALUE,
+)
 from rankwise.wire.channel import SEQUENCE_MASK, BadFrame, DriverChannel
 from rankwise.wire.lending import Lent
 
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from rankwise.wire.arena import Arena
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
+_LENT = {OK_LENT: OK, FAILED_LENT: FAILED}
 
 
 class Sockets:
@@ -120,9 +130,9 @@ class Sockets:
                     self.flush(rank)
                 for kind, call_id, body, sequence in frames:
                     ahead = (sequence - channel.receive_sequence) & SEQUENCE_MASK
-                    if kind == OK_LENT and ahead == 0 and self.arena is not None:
+                    if kind in _LENT and ahead == 0 and self.arena is not None:
                         lent = True
-                        kind, body = OK, self.arena.receive(body, rank, sequence)
+                        kind, body = _LENT[kind], self.arena.receive(body, rank, sequence)
                     if ahead == 0 and kind in ANSWERS:
                         ledger.reply(rank, call_id, kind, body, now)
                         channel.receive_sequence += 1

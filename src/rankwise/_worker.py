@@ -23,6 +23,7 @@ from rankwise._messages import (
     DEADLINE,
     EXIT,
     FAILED,
+    FAILED_LENT,
     HAS_DEADLINE,
     OK,
     OK_LENT,
@@ -91,7 +92,7 @@ def serve(
         if place.forked:
             return  # a child that the method forked has come out of it: the parent answers
         if type(answer) is Lent:
-            kind = OK_LENT
+            kind = OK_LENT if kind == OK else FAILED_LENT
             answer.hold.pending.clear()  # from here on it is the driver's to let go
         channel.reply(kind, call_id, answer)
         del answer
@@ -117,7 +118,7 @@ def _construct(
     prepare(place, settings)
 
     def make() -> object:
-        target, args, kwargs = codec.loads(blob)
+        target, args, kwargs = codec.loads(blob, channel.arena)
         words[SINCE] = time.monotonic_ns()
         words[PHASE] = CONSTRUCT
         worker = target(*args, **kwargs)
@@ -138,7 +139,10 @@ def _construct(
             return worker, place
         case failed:
             assert isinstance(failed, Failed)
-            channel.reply(FAILED, call_id, encode_failure(failed))
+            answer = encode_failure(failed, "", channel.arena)
+            if type(answer) is Lent:
+                answer.hold.pending.clear()
+            channel.reply(FAILED_LENT if type(answer) is Lent else FAILED, call_id, answer)
             return None
 
 
@@ -154,7 +158,7 @@ def _answer(
             return OK, codec.encode_result(outcome.value, arena)
         except BaseException as error:  # its own __reduce__ may even call sys.exit
             outcome = Failed(error)
-    return FAILED, encode_failure(outcome, "" if call is None else call.where)
+    return FAILED, encode_failure(outcome, "" if call is None else call.where, arena)
 
 
 def _run(

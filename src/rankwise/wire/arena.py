@@ -83,6 +83,7 @@ class Arena:
         self.receive = self._borrower.receive
         self.dealt = self._borrower.dealt
         self.load = self._borrower.load
+        self.peek = self._borrower.peek
         self.put = self._lender.put
         self.share = self._lender.share
         self.tend = self._lender.tend

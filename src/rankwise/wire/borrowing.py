@@ -54,6 +54,13 @@ class Received(bytes):
     leased = False
     opened: tuple[list[memoryview], memoryview] | None = None  # None: there was no room for it
 
+    def load(self) -> Any:
+        """The object in it. Raises what its unpickling raises, and MemoryError."""
+        if self.opened is None:
+            raise MemoryError("no memory to map or to copy the payload")
+        buffers, stream = self.opened
+        return loads(stream, buffers=buffers)
+
 
 class Borrower:
     """Reads from `file`. `row(sender)`: the words by which `sender` is told of an end."""
@@ -68,17 +75,20 @@ class Borrower:
     def load(self, body: bytes | bytearray | memoryview, sender: int = 0) -> Any:
         """The object in `body`. Raises what its unpickling raises, and MemoryError."""
         if type(body) is Received:
-            if body.opened is None:
-                raise MemoryError("no memory to map or to copy the payload")
-            buffers, stream = body.opened
-        else:
-            try:
-                memories, buffers, stream = self._open(body)
-            except MemoryError:
-                self._lease((), body, sender)
-                raise
-            self._lease(memories, body, sender)
-            del memories
+            return body.load()
+        try:
+            memories, buffers, stream = self._open(body)
+        except MemoryError:
+            self._lease((), body, sender)
+            raise
+        self._lease(memories, body, sender)
+        del memories
+        return loads(stream, buffers=buffers)
+
+    def peek(self, body: bytes) -> Any:
+        """The object in `body`, which is none of ours to let go of: this process has lent it, and
+        wants to see what its receivers will. It is not to be kept."""
+        _, buffers, stream = self._open(body)
         return loads(stream, buffers=buffers)
 
     def receive(self, body: bytes, sender: int, sequence: int) -> Received:

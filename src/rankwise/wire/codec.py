@@ -33,9 +33,22 @@ from rankwise.wire.lending import LENT
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
-    from typing import Any, Final
+    from typing import Any, Final, Protocol
 
     from rankwise.wire.arena import Arena
+
+    class Taker(Protocol):
+        """Takes what is too large for a frame: an arena, or a parcel."""
+
+        def put(
+            self,
+            stream: list[bytes | memoryview],
+            length: int,
+            buffers: list[memoryview],
+            receivers: Sequence[int],
+            /,
+        ) -> bytes | None: ...
+
 
 PROTOCOL: Final = 5
 
@@ -53,7 +66,7 @@ def encode_call(
     method: str | Callable[..., object],
     args: tuple[object, ...],
     kwargs: dict[str, object],
-    arena: Arena | None = None,
+    arena: Taker | None = None,
     ranks: Sequence[int] = (0,),
 ) -> bytes:
     """The body of a call: the tuple `(method, args, kwargs)`, pickled.
@@ -88,7 +101,7 @@ def encode_call(
         raise explain("the arguments", roots, error) from error
 
 
-def encode_result(value: object, arena: Arena | None = None) -> bytes:
+def encode_result(value: object, arena: Taker | None = None) -> bytes:
     """The body of a result: `value`, pickled. Raises as `encode_call`; the path is `result...`."""
     try:
         if _all_plain((value,)):
@@ -119,7 +132,7 @@ def loads(data: bytes | bytearray | memoryview, arena: Arena | None = None) -> A
     return _loads(data)
 
 
-def dumps(obj: object, arena: Arena | None = None, readers: Sequence[int] = (0,)) -> bytes:
+def dumps(obj: object, arena: Taker | None = None, readers: Sequence[int] = (0,)) -> bytes:
     """`obj` as bytes, by name where the receiver can import it and by value where it cannot.
 
     What is large goes into `arena`, where there is one, to be read by `readers`. Raises whatever
@@ -134,6 +147,35 @@ def dumps(obj: object, arena: Arena | None = None, readers: Sequence[int] = (0,)
     return _dump(ByValuePickler, obj, arena, readers)
 
 
+class Parcel:
+    """Stands in for an arena while there is none: keeps what is large where the pickler found it.
+
+    `stream` is empty where nothing is; then the pickle is what `dumps` returned.
+    """
+
+    __slots__ = ("buffers", "length", "stream")
+
+    def __init__(self) -> None:
+        self.stream: list[bytes | memoryview] = []
+        self.length = 0
+        self.buffers: list[memoryview] = []
+
+    def put(
+        self,
+        stream: list[bytes | memoryview],
+        length: int,
+        buffers: list[memoryview],
+        receivers: Sequence[int],
+        /,
+    ) -> bytes:
+        self.stream, self.length, self.buffers = stream, length, buffers
+        return b""
+
+    def lend(self, arena: Arena, readers: Sequence[int]) -> bytes | None:
+        """As `dumps` with that arena; None: not now. Raises MemoryError."""
+        return arena.put(self.stream, self.length, self.buffers, readers)
+
+
 class _Parts:
     """A file that keeps what is written as it comes: the pickler hands long bytes over uncopied."""
 
@@ -144,7 +186,7 @@ class _Parts:
         self.write = self.parts.append
 
 
-def _dump(pickler: Any, obj: object, arena: Arena | None, readers: Sequence[int]) -> bytes:
+def _dump(pickler: Any, obj: object, arena: Taker | None, readers: Sequence[int]) -> bytes:
     file = _Parts()
     parts = file.parts
     if arena is None:
