@@ -98,7 +98,7 @@ def _apart(error: BaseException) -> tuple[object, Sequence[object]]:
     """`error`, pickled, and the buffers that it was pickled without: what is told beside it can be
     read where it cannot be rebuilt."""
     parcel = codec.Parcel()
-    data = codec.dumps(error, parcel)
+    data = codec.dumps(error, parcel, ())  # tried here first, where a GPU's memory cannot be shown
     if not parcel.stream:
         return data, ()
     return PickleBuffer(b"".join(parcel.stream)), [*map(PickleBuffer, parcel.buffers)]

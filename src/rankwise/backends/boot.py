@@ -37,7 +37,9 @@ class Target:
         self.ranks = ranks
         self._what = (spec.target, spec.args[ranks[0]], spec.kwargs[ranks[0]])
         self._parcel = codec.Parcel()
-        self._pickled = codec.encode_call(*self._what, self._parcel)
+        # Threads of this process need no arena, and are shown nothing that is another's.
+        parcel = None if spec.backend == "inline" else self._parcel
+        self._pickled = codec.encode_call(*self._what, parcel, ranks)
 
     def body(self, arena: Arena | None) -> bytes:
         """It, to be sent to each of `ranks`. Raises MemoryError."""

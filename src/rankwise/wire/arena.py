@@ -109,5 +109,7 @@ class Arena:
         self._words = None
         self._lender.close()
         self._borrower.close()
-        if file is not None and self._pid != os.getpid():
+        if self._pid == os.getpid():
+            self._lender.release()
+        elif file is not None:
             file.close()

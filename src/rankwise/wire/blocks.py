@@ -34,10 +34,10 @@ class Loan:
     slot: a small number that no other open loan has. message: a number that none ever had.
     fresh: the part that has to be reserved before it is touched (whole chunks, may reach past the
     end), or None. uses: other loans that this one's receivers look at too. They wait for its end,
-    under its message's negative.
+    under its message's negative. keep: what is to live until then.
     """
 
-    __slots__ = ("end", "fresh", "message", "slot", "start", "uses", "waiting")
+    __slots__ = ("end", "fresh", "keep", "message", "slot", "start", "uses", "waiting")
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class Loan:
         self.fresh = fresh
         self.waiting = waiting
         self.uses = uses
+        self.keep: object = None
 
 
 class Blocks:
@@ -153,6 +154,7 @@ class Blocks:
 
     def _close(self, loan: Loan, now: float) -> None:
         del self.loans[loan.slot]
+        loan.keep = None
         heappush(self._unused, loan.slot)
         for used in loan.uses:
             self.home(used, -loan.message, now)

@@ -47,11 +47,18 @@ def _note_fork() -> None:
     _forks[0] += 1
 
 
+class _Unloaded:
+    """Stands for a message that has not been loaded."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Received(bytes):
     """A body whose payload is mapped already: it can be loaded after the arena has closed."""
 
     memories: Sequence[object] = ()  # what is mapped, until its lease is seen to
     leased = False
+    unloaded: object = None  # its end is the lease's, where that is to outlive the loading
     opened: tuple[list[memoryview], memoryview] | None = None  # None: there was no room for it
 
     def load(self) -> Any:
@@ -81,6 +88,9 @@ class Borrower:
         except MemoryError:
             self._lease((), body, sender)
             raise
+        unloaded = _Unloaded() if HEAD.unpack_from(body)[3] else None
+        if unloaded is not None:
+            memories.append(unloaded)
         self._lease(memories, body, sender)
         del memories
         return loads(stream, buffers=buffers)
@@ -99,7 +109,11 @@ class Borrower:
         if received is None:
             received = Received(body)
             try:
-                received.memories, buffers, stream = self._open(body)
+                memories, buffers, stream = self._open(body)
+                if HEAD.unpack_from(body)[3]:
+                    received.unloaded = _Unloaded()
+                    memories.append(received.unloaded)
+                received.memories = memories
                 received.opened = buffers, stream
             except MemoryError:
                 pass  # told to who asks for it, not to who happens to lead
