@@ -1,6 +1,6 @@
 """The benchmark: rankwise beside the machine's floor and the alternatives, in one run.
 
-    python benchmarks/run.py [--only calls payloads rates] [--ranks 1 2 4 8] [--rounds 5]
+    python benchmarks/run.py [--only calls payloads rates startup] [--ranks 1 2 4 8] [--rounds 5]
                              [--seconds 0.25] [--out docs/benchmarks]
 
 Prints tables; with --out it writes them as JSON, and plots, to that folder.
@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import calls
 import payloads
 import rates
+import startup
 
-PARTS = ("calls", "payloads", "rates")
+PARTS = ("calls", "payloads", "rates", "startup")
 
 
 def machine() -> dict[str, object]:
@@ -52,6 +53,7 @@ def main() -> None:
     print(described, flush=True)
     found: dict[str, object] = {"machine": about}
     called: dict[int, dict[str, list[float]]] = {}
+    started: startup.Rows = {}
     swept: dict[int, float] = {}
     if "calls" in options.only:
         for ranks in options.ranks:
@@ -66,9 +68,12 @@ def main() -> None:
         print(payloads.table(large, swept, 4), end="\n\n", flush=True)
     if "rates" in options.only:
         found["rates"] = measured = rates.measure()
-        print(rates.table(measured))
+        print(rates.table(measured), end="\n\n", flush=True)
+    if "startup" in options.only:
+        found["startup"] = started = startup.measure(options.rounds)
+        print(startup.table(started))
     if options.out:
-        write(options.out, found, called, swept, described)
+        write(options.out, found, called, swept, started, described)
 
 
 def write(
@@ -76,6 +81,7 @@ def write(
     found: dict[str, object],
     called: dict[int, dict[str, list[float]]],
     swept: dict[int, float],
+    started: startup.Rows,
     described: str,
 ) -> None:
     import plot
@@ -86,6 +92,8 @@ def write(
         plot.plot_calls(called, described, folder)
     if swept:
         plot.plot_sweep(swept, described, folder)
+    if started:
+        plot.plot_startup(started, described, folder)
 
 
 if __name__ == "__main__":  # the workers of some peers import this file

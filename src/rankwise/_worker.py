@@ -42,8 +42,8 @@ from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Callable
-    from socket import socket
     from typing import Protocol
 
     from rankwise.wire.arena import Arena
@@ -229,7 +229,7 @@ def main() -> None:
 def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: str) -> None:
     """Be rank `rank`: returns when the driver says so or has gone."""
     import faulthandler
-    from socket import socket
+    from _socket import socket  # `socket` itself takes 3 ms
 
     from rankwise._status import StatusPage
 
@@ -239,7 +239,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
     faulthandler.enable(crash_fd, all_threads=True)
     _name_process(f"{name}:{rank}")
     _line_buffer()
-    sock = socket(fileno=call_fd)
+    sock = socket(-1, -1, -1, call_fd)
     channel = WorkerChannel(sock, Spin(0.0, learns=False))
     page = StatusPage(rank + 1, status_fd)
 
@@ -277,11 +277,15 @@ def _line_buffer() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(line_buffering=True)
-    import ctypes
+    # Not `ctypes`, which takes a millisecond and more.
+    from _ctypes import _SimpleCData, call_function, dlopen, dlsym
 
-    libc = ctypes.CDLL(None)
+    class Pointer(_SimpleCData):  # type: ignore[type-arg]
+        _type_ = "P"
+
+    libc = dlopen(None, 0)  # type: ignore[arg-type]
     try:
-        stdout = ctypes.c_void_p.in_dll(libc, "stdout")
-        libc.setvbuf(stdout, None, 1, 0)  # 1 is _IOLBF, in glibc and in musl
-    except (AttributeError, ValueError):
+        stdout = Pointer.from_address(dlsym(libc, "stdout"))
+        call_function(dlsym(libc, "setvbuf"), (stdout, None, 1, 0))  # 1: _IOLBF, in glibc and musl
+    except OSError:
         pass  # a C library that keeps it elsewhere: its lines come late, that is all

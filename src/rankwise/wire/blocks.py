@@ -14,8 +14,9 @@ each by one store, so what is lost then is memory, never the knowledge that it i
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from heapq import heappop, heappush
+# The C halves: the Python halves take their own time to import, in every worker.
+from _bisect import bisect_left
+from _heapq import heappop, heappush
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

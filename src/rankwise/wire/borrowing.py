@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 from _pickle import loads
-from weakref import finalize
 
 from rankwise.wire.lending import HEAD
 
@@ -179,6 +178,8 @@ class Borrower:
         if not memories:
             _end(held, row, slot, message, _forks[0])
         for memory in memories:
+            from weakref import finalize  # 1 ms, which a rank without large payloads need not wait
+
             finalize(memory, _end, held, row, slot, message, _forks[0]).atexit = False
 
     def close(self) -> None:

@@ -17,13 +17,13 @@ from __future__ import annotations
 import os
 import select
 from _socket import MSG_NOSIGNAL
-from contextlib import suppress
 
 from rankwise._deadline import clock
 from rankwise._messages import HEADER, MAGIC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import _socket
     import socket
     from typing import Final
 
@@ -132,8 +132,10 @@ class DriverChannel:
     def send_farewell(self, call: Call) -> None:
         """Send `call`, which has no body, if the socket takes it now and no frame is on its way."""
         if self._going is None:
-            with suppress(ConnectionError):  # it has gone already
+            try:
                 self.send_call(call, 0, b"", b"")
+            except ConnectionError:
+                pass  # it has gone already
 
     # -- receiving ----------------------------------------------------------------------------
 
@@ -227,7 +229,7 @@ class WorkerChannel:
         "_data", "_poll", "_recv", "_recv_into", "_sent", "_sequence", "_sock", "arena", "spin",
     )  # fmt: skip
 
-    def __init__(self, sock: socket.socket, spin: Spin) -> None:
+    def __init__(self, sock: _socket.socket, spin: Spin) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._recv = sock.recv

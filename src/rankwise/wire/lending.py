@@ -11,9 +11,9 @@ gives it back. `Hold.__del__` may run inside any lock, so it only appends to a d
 from __future__ import annotations
 
 import os
+from _thread import RLock  # what `threading.RLock` makes
 from collections import deque
 from struct import Struct
-from threading import RLock
 
 from rankwise._deadline import clock
 from rankwise.wire.blocks import PAGE, Blocks
