@@ -32,9 +32,15 @@ def plot_calls(results: dict[int, dict[str, list[float]]], machine: str, folder:
     _save(figure, folder / "calls")
 
 
-def plot_sweep(swept: dict[int, float], machine: str, folder: Path) -> None:
+def plot_sweep(
+    swept: dict[int, float], copied: dict[int, float], machine: str, folder: Path
+) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    axes.plot(list(swept), [rate / 1e9 for rate in swept.values()], color=COLORS[1], marker="o")
+    rates = [rate / 1e9 for rate in swept.values()]
+    axes.plot(list(swept), rates, color=COLORS[1], marker="o", label="call")
+    copies = [rate / 1e9 for rate in copied.values()]
+    axes.plot(list(copied), copies, color=COLORS[0], marker="s", linestyle="--", label="memcpy")
+    axes.legend(fontsize=8)
     axes.set(
         xscale="log", yscale="log", xlabel="bytes in one array", ylabel="GB a second to one rank",
         title=f"Throughput of arguments\n{machine}",

@@ -54,7 +54,7 @@ def main() -> None:
     found: dict[str, object] = {"machine": about}
     called: dict[int, dict[str, list[float]]] = {}
     started: startup.Rows = {}
-    swept: dict[int, float] = {}
+    swept: tuple[dict[int, float], dict[int, float]] = ({}, {})
     if "calls" in options.only:
         for ranks in options.ranks:
             called[ranks] = calls.measure(ranks, options.rounds, options.seconds)
@@ -63,9 +63,11 @@ def main() -> None:
         print("x: times the floor, median of the ratios within each round\n", flush=True)
     if "payloads" in options.only:
         large = payloads.measure(4, options.rounds)
+        few = payloads.many(options.rounds)
         swept = payloads.sweep(options.rounds)
-        found |= {"payloads": large, "throughput": swept}
-        print(payloads.table(large, swept, 4), end="\n\n", flush=True)
+        found |= {"payloads": large, "5,000 arrays": few}
+        found |= {"throughput": swept[0], "memcpy": swept[1]}
+        print(payloads.table(large, few, swept, 4), end="\n\n", flush=True)
     if "rates" in options.only:
         found["rates"] = measured = rates.measure()
         print(rates.table(measured), end="\n\n", flush=True)
@@ -80,7 +82,7 @@ def write(
     folder: Path,
     found: dict[str, object],
     called: dict[int, dict[str, list[float]]],
-    swept: dict[int, float],
+    swept: tuple[dict[int, float], dict[int, float]],
     started: startup.Rows,
     described: str,
 ) -> None:
@@ -90,8 +92,8 @@ def write(
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     if called:
         plot.plot_calls(called, described, folder)
-    if swept:
-        plot.plot_sweep(swept, described, folder)
+    if swept[0]:
+        plot.plot_sweep(*swept, described, folder)
     if started:
         plot.plot_startup(started, described, folder)
 
