@@ -10,6 +10,8 @@ the process that it came from (what is merely opened ends with the process that 
 torch counts, in a file, the readers of what is shared: one for each pickling, and it keeps memory
 that is freed before that one has come. Here one pickle is read by any number of ranks, or never; so
 its count is taken back at once, and the loan of the message, which knows all that, keeps the copy.
+(torch/csrc/CudaIPCTypes.cpp: what is freed at a count of 0 or less is freed at once, and a place in
+the file is used for one pickling only, so readers that count down later do no harm.)
 The same GPU may have another index in each process: its UUID says which it is.
 """
 
@@ -64,7 +66,10 @@ def _open(
         opened = rebuild(*share[:_DEVICE], seen.index(uuid), *share[_DEVICE + 1 :])
         with torch.no_grad():
             own = opened.detach().clone(memory_format=torch.preserve_format)
-        del opened  # torch waits for the copy here, and closes it
+        if opened.is_cuda:
+            # torch closes it first and waits then: the copy must not be under way any more.
+            torch.cuda.current_stream(opened.device).synchronize()
+        del opened
     except RuntimeError as error:
         raise RuntimeError(
             f"a tensor on {named} of its sender (GPU {uuid}) could not be opened here: {error}. "
