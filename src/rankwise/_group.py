@@ -65,8 +65,9 @@ class WorkerGroup(ManyView):
     backend: "local" (processes), or "inline" (threads of the driver, for pdb and fast tests).
 
     Returns when every rank is ready. Raises TypeError or ValueError for a wrong argument and
-    SerializationError for one that cannot travel, both before any process is started; StartupError
-    where a rank fails, StartupTimeout where it takes too long. Nothing is left of a failed start.
+    SerializationError for one that cannot travel, both before any process is started; MemoryError
+    where there is no room for large ones; StartupError where a rank fails, StartupTimeout where it
+    takes too long. Nothing is left of a failed start.
     """
 
     def __init__(

@@ -6,7 +6,6 @@ A restart gives the new ranks the same: the driver may have changed its own sinc
 from __future__ import annotations
 
 import os
-import secrets
 import sys
 
 
@@ -19,7 +18,8 @@ class Inherited:
         self.environ = dict(os.environ)
         self.sys_path = list(sys.path)
         self.argv = list(sys.argv)
-        self.hash_seed = secrets.randbelow(1 << 32)  # one PYTHONHASHSEED for all ranks
+        # One PYTHONHASHSEED for all ranks. Not from `secrets`, which takes 4 ms to import.
+        self.hash_seed = int.from_bytes(os.urandom(4), "little")
         self.directory = _directory()
 
     def directory_to_enter(self) -> str | None:

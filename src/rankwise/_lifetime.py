@@ -14,10 +14,10 @@ import os
 import select
 import threading
 import warnings
-from _pickle import loads as plain_loads
 
 from rankwise._calls import Broken, Expired, Lost
 from rankwise._deadline import clock
+from rankwise._outcome import opened
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -130,5 +130,5 @@ def log_failure(call: Call, rank: int, body: bytes) -> None:
 
 
 def _log(what: str, call: Call, rank: int, body: bytes) -> None:
-    _, name, message, text, *_ = plain_loads(body)
+    _, name, message, text, *_ = opened(body)
     logger.error("%s %s() on rank %d: %s: %s\n%s", what, call.method, rank, name, message, text)

@@ -34,6 +34,7 @@ OK: Final = 16  # the body is the pickled value
 FAILED: Final = 17  # the body is a pickled `_outcome.Failed`
 ACK: Final = 18  # the call ran; nobody asked for its value
 OK_LENT: Final = 19  # as OK; the value lies in the arena, and the body says where
+FAILED_LENT: Final = 20  # as FAILED, likewise
 
 ANSWERS: Final = frozenset((OK, FAILED, ACK))
 

@@ -17,7 +17,16 @@ from termios import FIONREAD, TIOCOUTQ
 
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
-from rankwise._messages import ANSWERS, DEADLINE, FAILED, HAS_DEADLINE, OK, OK_LENT, WANT_VALUE
+from rankwise._messages import (
+    ANSWERS,
+    DEADLINE,
+    FAILED,
+    FAILED_LENT,
+    HAS_DEADLINE,
+    OK,
+    OK_LENT,
+    WANT_VALUE,
+)
 from rankwise.wire.channel import SEQUENCE_MASK, BadFrame, DriverChannel
 from rankwise.wire.lending import Lent
 
@@ -32,6 +41,7 @@ if TYPE_CHECKING:
     from rankwise.wire.arena import Arena
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
+_LENT = {OK_LENT: OK, FAILED_LENT: FAILED}
 
 
 class Sockets:
@@ -156,9 +166,9 @@ class Sockets:
                     self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
                     return
                 continue  # fed already, by who was struck, or by a handler's own wait
-            if kind == OK_LENT and self.arena is not None:
+            if kind in _LENT and self.arena is not None:
                 lent = True
-                kind, body = OK, self.arena.receive(body, rank, sequence)
+                kind, body = _LENT[kind], self.arena.receive(body, rank, sequence)
             if kind not in ANSWERS:
                 self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
                 return

@@ -24,6 +24,7 @@ from rankwise._messages import (
     DEADLINE,
     EXIT,
     FAILED,
+    FAILED_LENT,
     HAS_DEADLINE,
     OK,
     OK_LENT,
@@ -43,8 +44,8 @@ from rankwise.wire.lending import LENT, Lent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Callable
-    from socket import socket
     from typing import Protocol
 
     from rankwise.wire.arena import Arena
@@ -126,14 +127,14 @@ def serve(
             else:
                 kind, answer = ACK, b""
         except BaseException as error:  # a worker's exit is not the driver's
-            kind, answer = FAILED, _failed(error, place)
+            kind, answer = FAILED, _failed(error, place, arena)
         # A worker that waits keeps nothing of the last call alive.
         del frame, body
         method = args = kwargs = value = None
         if place.forked:
             return  # a child that the method forked has come out of it: the parent answers
         if type(answer) is Lent:
-            kind = OK_LENT
+            kind = OK_LENT if kind == OK else FAILED_LENT
             answer.hold.pending.clear()  # from here on it is the driver's to let go
         reply(kind, call_id, answer)
         del answer
@@ -143,14 +144,14 @@ def serve(
     _leave(worker)
 
 
-def _failed(error: BaseException, place: _context.Place) -> bytes:
+def _failed(error: BaseException, place: _context.Place, arena: Arena | None) -> bytes:
     """The body of the answer to the call that `place` was in, and that has raised `error`."""
     place.call_id = 0
     if not place.method:
         if isinstance(error, Exception):
             error.add_note("raised while the arguments were rebuilt in the worker")
-        return encode_failure(Failed(error))
-    return encode_failure(Failed(error), place.where())
+        return encode_failure(Failed(error), "", arena)
+    return encode_failure(Failed(error), place.where(), arena)
 
 
 def _construct(
@@ -169,7 +170,7 @@ def _construct(
     prepare(place, settings)
 
     def make() -> object:
-        target, args, kwargs = codec.loads(blob)
+        target, args, kwargs = codec.loads(blob, channel.arena)
         words[SINCE] = time.monotonic_ns()
         words[PHASE] = CONSTRUCT
         worker = target(*args, **kwargs)
@@ -181,7 +182,10 @@ def _construct(
 
     worker = capture(make)
     if type(worker) is Failed:
-        channel.reply(FAILED, call_id, encode_failure(worker))
+        answer = encode_failure(worker, "", channel.arena)
+        if type(answer) is Lent:
+            answer.hold.pending.clear()
+        channel.reply(FAILED_LENT if type(answer) is Lent else FAILED, call_id, answer)
         return None
     words[SINCE] = time.monotonic_ns()
     words[RUNNING] = call_id  # not idle before the answer has left
@@ -226,7 +230,7 @@ def main() -> None:
 def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: str) -> None:
     """Be rank `rank`: returns when the driver says so or has gone."""
     import faulthandler
-    from socket import socket
+    from _socket import socket  # `socket` itself takes 3 ms
 
     from rankwise._status import StatusPage
 
@@ -236,7 +240,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
     faulthandler.enable(crash_fd, all_threads=True)
     _name_process(f"{name}:{rank}")
     _line_buffer()
-    sock = socket(fileno=call_fd)
+    sock = socket(-1, -1, -1, call_fd)
     channel = WorkerChannel(sock, Spin(0.0, learns=False))
     page = StatusPage(rank + 1, status_fd)
 
@@ -274,11 +278,15 @@ def _line_buffer() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(line_buffering=True)
-    import ctypes
+    # Not `ctypes`, which takes a millisecond and more.
+    from _ctypes import _SimpleCData, call_function, dlopen, dlsym
 
-    libc = ctypes.CDLL(None)
+    class Pointer(_SimpleCData):  # type: ignore[type-arg]
+        _type_ = "P"
+
+    libc = dlopen(None, 0)  # type: ignore[arg-type]
     try:
-        stdout = ctypes.c_void_p.in_dll(libc, "stdout")
-        libc.setvbuf(stdout, None, 1, 0)  # 1 is _IOLBF, in glibc and in musl
-    except (AttributeError, ValueError):
+        stdout = Pointer.from_address(dlsym(libc, "stdout"))
+        call_function(dlsym(libc, "setvbuf"), (stdout, None, 1, 0))  # 1: _IOLBF, in glibc and musl
+    except OSError:
         pass  # a C library that keeps it elsewhere: its lines come late, that is all

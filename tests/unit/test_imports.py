@@ -46,7 +46,7 @@ LAYERS = (
     ("user code, as a value", "_outcome", "_methods", "_context"),
     ("the wire's slow path", "wire.culprit"),
     ("its walk", "wire.parts"),
-    ("definitions on the wire, and tensors", "wire.byvalue", "wire.tensors"),
+    ("definitions on the wire, and tensors", "wire.byvalue", "wire.gpu", "wire.tensors"),
     ("the wire", "wire.codec", "wire.channel", "wire.control", "logs.lines"),
     ("large payloads", "wire.arena"),
     ("their readers", "wire.borrowing"),
@@ -66,6 +66,7 @@ LAYERS = (
 UPWARD = {
     ("wire.codec", "wire.byvalue"): "the slow path, which most calls never need",
     ("wire.codec", "wire.tensors"): "torch, where it is there and a tensor is sent",
+    ("wire.codec", "wire.gpu"): "the same, where it lies in a GPU's memory",
     ("wire.codec", "wire.culprit"): "the slow path, when something cannot travel",
 }
 
@@ -92,7 +93,7 @@ OTHERS = {
     "numpy": ["_shared_array"],
     "ray": ["backends.ray"],
     # The drop-in sets torch's threads, as the original does, if torch is there.
-    "torch": ["torch", "compat._vllm_environment", "wire.tensors"],
+    "torch": ["torch", "compat._vllm_environment", "wire.gpu", "wire.tensors"],
 }
 
 # 5 ms or more each, or thread starters; a rank and its launcher do without until they need them.

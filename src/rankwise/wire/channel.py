@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import select
 from _socket import MSG_NOSIGNAL
-from contextlib import suppress
 from os import sched_yield
 
 from rankwise._deadline import clock
@@ -24,6 +23,7 @@ from rankwise._messages import HEADER, MAGIC
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import _socket
     import socket
     from typing import Final
 
@@ -142,8 +142,10 @@ class DriverChannel:
     def send_farewell(self, call: Call) -> None:
         """Send `call`, which has no body, if the socket takes it now and no frame is on its way."""
         if self._going is None:
-            with suppress(ConnectionError):  # it has gone already
+            try:
                 self.send_call(call, 0, b"", b"")
+            except ConnectionError:
+                pass  # it has gone already
 
     # -- receiving ----------------------------------------------------------------------------
 
@@ -238,7 +240,7 @@ class WorkerChannel:
         "arena", "spin",
     )  # fmt: skip
 
-    def __init__(self, sock: socket.socket, spin: Spin) -> None:
+    def __init__(self, sock: _socket.socket, spin: Spin) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._recv = sock.recv
