@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import select
 from fcntl import ioctl
-from struct import unpack
+from sys import byteorder
 from termios import FIONREAD, TIOCOUTQ
 
 from rankwise._calls import Garbled
@@ -173,16 +173,19 @@ class Sockets:
                 self.deaths.pop(rank, None)
             self._on_news()
 
-    def quiet(self, rank: int) -> bool:
-        """Whether nothing is on its way to or from `rank`: each end has read all that was sent."""
-        channel = self.channels[rank]
-        if channel.eof or channel.wants_out or self._ledger.queued(rank):
-            return False
-        unread = unpack("i", ioctl(channel.fd, TIOCOUTQ, b"\0\0\0\0"))[0]
-        waiting = unpack("i", ioctl(channel.fd, FIONREAD, b"\0\0\0\0"))[0]
-        return not unread and not waiting
+    def unread_there(self, rank: int) -> int:
+        """How much of what was sent to `rank` it has not read yet; bytes, as the kernel counts."""
+        return _count(self.channels[rank].fd, TIOCOUTQ)
+
+    def unread_here(self, rank: int) -> int:
+        """How many bytes from `rank` no leader has taken yet."""
+        return _count(self.channels[rank].fd, FIONREAD)
 
     def close(self) -> None:
         for channel in self.channels:
             channel.close()
         self.ready.close()
+
+
+def _count(fd: int, what: int) -> int:
+    return int.from_bytes(ioctl(fd, what, bytes(4)), byteorder)

@@ -132,8 +132,8 @@ def _construct(
             words[SINCE] = time.monotonic_ns()
             words[RUNNING] = call_id  # not idle before the answer has left
             words[PHASE] = READY
-            words[DONE] = call_id
             channel.reply(ACK, call_id, b"")
+            words[DONE] = call_id
             words[RUNNING] = 0
             return worker, place
         case failed:
@@ -238,6 +238,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
     sock = socket(fileno=call_fd)
     channel = WorkerChannel(sock, Spin(0.0, learns=False))
     page = StatusPage(rank + 1, status_fd)
+    channel.words = page.words(rank)
 
     def prepare(place: _context.Place, settings: dict[str, object]) -> None:
         # A child that the worker forks must not keep the call channel open after its death.

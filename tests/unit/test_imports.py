@@ -35,7 +35,7 @@ LAYERS = (
     ("threads and ends", "_lifetime", "_keeper", "_callbacks", "logs.show"),
     ("the pump", "_pump"),
     ("its lead, loops and sockets", "_lead", "_port", "_sockets"),
-    ("futures and the ledger", "_future", "_ledger", "_ranks"),
+    ("futures and the ledger", "_future", "_ledger", "_lookout", "_ranks"),
     ("answers", "_answers", "_options", "_engine"),
     ("calls", "_background", "_calls", "_shielded"),
     ("the launcher", "_launcher"),

@@ -21,6 +21,7 @@ from contextlib import suppress
 
 from rankwise._deadline import clock
 from rankwise._messages import HEADER, MAGIC
+from rankwise._status import POLLS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -129,6 +130,10 @@ class DriverChannel:
             self._last_sent = call.id
         return True
 
+    def has_sent(self, call: Call) -> bool:
+        """Whether the last byte of `call` has left."""
+        return call.id <= self._last_sent
+
     def send_farewell(self, call: Call) -> None:
         """Send `call`, which has no body, if the socket takes it now and no frame is on its way."""
         if self._going is None:
@@ -225,6 +230,7 @@ class WorkerChannel:
 
     __slots__ = (
         "_data", "_poll", "_recv", "_recv_into", "_sent", "_sequence", "_sock", "arena", "spin",
+        "words",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, spin: Spin) -> None:
@@ -239,6 +245,7 @@ class WorkerChannel:
         self._poll.register(sock.fileno(), select.POLLIN)
         self.spin = spin
         self.arena: Arena | None = None  # tended while there is nothing to do
+        self.words: memoryview | list[int] = [0] * (POLLS + 1)  # the rank's status page
 
     def receive(self) -> tuple[int, int, int, bytes | bytearray] | None:
         """(kind, flags, call id, body) of the next frame; None at end of file.
@@ -283,7 +290,7 @@ class WorkerChannel:
                 try:
                     count = self._recv_into(view[at:])
                 except BlockingIOError:
-                    self._poll.poll()
+                    self._sleep(None)
                     continue
                 except OSError:
                     count = 0
@@ -307,7 +314,7 @@ class WorkerChannel:
                 os.sched_yield()
             else:
                 again = None if self.arena is None else self.arena.tend(clock())
-                self._poll.poll(None if again is None else max(0.0, again - clock()) * 1000)
+                self._sleep(None if again is None else max(0.0, again - clock()) * 1000)
             try:
                 data = recv(size)
             except BlockingIOError:
@@ -316,6 +323,22 @@ class WorkerChannel:
                 return b""
             self.spin.waited(clock() - began)
             return data
+
+    def _sleep(self, milliseconds: float | None) -> None:
+        """Sleep until bytes come, and say so on the status page.
+
+        The number is odd from before this look at the socket until after it: who finds the same one
+        twice, and nothing unread between, knows that the rank has nothing in hand. A page that said
+        only what the rank runs could not tell that: whoever has taken a call off the socket waits
+        for the interpreter's lock next, as long as another thread of the user's keeps it.
+        """
+        words = self.words
+        number = words[POLLS] + 1 | 1
+        words[POLLS] = number
+        try:
+            self._poll.poll(milliseconds)
+        finally:
+            words[POLLS] = number + 1
 
     def reply(self, kind: int, call_id: int, body: bytes) -> None:
         """Answer; waits for as long as the driver does not read. Silent where it is gone."""
