@@ -17,6 +17,7 @@ from termios import FIONREAD, TIOCOUTQ
 
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
+from rankwise._interrupts import is_interrupt
 from rankwise._messages import ANSWERS, DEADLINE, FAILED, HAS_DEADLINE, OK, OK_LENT, WANT_VALUE
 from rankwise.wire.channel import SEQUENCE_MASK, BadFrame, DriverChannel
 from rankwise.wire.lending import Lent
@@ -102,11 +103,12 @@ class Sockets:
         if channel.eof:
             return False
         more = channel.receive()
+        bad = None
         try:
             frames, data, used = channel.frames()
-        except BadFrame as reason:
-            self._garbled(rank, str(reason))
-            return False
+        except BadFrame as error:
+            frames, data, used = error.before  # good answers come first
+            bad = str(error)
         if frames:
             now = clock()
             failed = False
@@ -122,13 +124,20 @@ class Sockets:
                     ahead = (sequence - channel.receive_sequence) & SEQUENCE_MASK
                     if kind == OK_LENT and ahead == 0 and self.arena is not None:
                         lent = True
-                        kind, body = OK, self.arena.receive(body, rank, sequence)
+                        try:
+                            kind, body = OK, self.arena.receive(body, rank, sequence)
+                        except Exception as error:
+                            if is_interrupt(error):
+                                raise
+                            what = f"the result of call {call_id} lies nowhere ({error})"
+                            self._garbled(rank, f"frame {sequence}: {what}")
+                            return False
                     if ahead == 0 and kind in ANSWERS:
-                        ledger.reply(rank, call_id, kind, body, now)
+                        if ledger.reply(rank, call_id, kind, body, now) or kind == FAILED:
+                            failed = True  # which sets timers, or breaks the group
                         channel.receive_sequence += 1
-                        failed = failed or kind == FAILED  # which sets timers
-                    elif ahead < SEQUENCE_MASK >> 1:
-                        self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
+                    elif ahead < SEQUENCE_MASK >> 1 or not channel.seen_before(frames, data):
+                        self._garbled(rank, channel.out_of_turn(kind, sequence))
                         return False
                 channel.consume(data, used)
                 if lent and self.arena is not None:
@@ -137,6 +146,9 @@ class Sockets:
                     self.flush(rank)
                 if failed:
                     self._on_news()
+        if bad is not None:
+            self._garbled(rank, bad)
+            return False
         if channel.eof:
             with self._lock:
                 self._forget(channel)

@@ -20,6 +20,7 @@ from rankwise import _context
 from rankwise._messages import (
     ACK,
     BOOT,
+    CALL,
     DEADLINE,
     EXIT,
     FAILED,
@@ -36,7 +37,7 @@ from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SIN
 from rankwise._status import EXIT as EXITING
 from rankwise.wire import codec
 from rankwise.wire.arena import open_arena
-from rankwise.wire.channel import TooLarge, WorkerChannel
+from rankwise.wire.channel import BadFrame, TooLarge, WorkerChannel
 from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False
@@ -79,7 +80,7 @@ def serve(
         except TooLarge as error:
             channel.reply(FAILED, error.call_id, encode_failure(Failed(error)))
             continue
-        if frame is None or frame[0] == EXIT:
+        if frame is None or frame[0] != CALL:
             break
         _, flags, call_id, body = frame
         words[SINCE] = time.monotonic_ns()
@@ -97,6 +98,8 @@ def serve(
         del answer
         words[DONE] = call_id
         words[RUNNING] = 0
+    if frame is not None and frame[0] != EXIT:
+        raise BadFrame(f"a frame of kind {frame[0]} where a call was due")
     words[PHASE] = EXITING
     _leave(worker)
 
@@ -107,13 +110,18 @@ def _construct(
     prepare: Callable[[_context.Place, dict[str, object]], None],
 ) -> tuple[object, _context.Place] | None:
     frame = channel.receive()
-    if frame is None or frame[0] != BOOT:
+    if frame is None or frame[0] == EXIT:
         return None
-    _, _, call_id, body = frame
+    kind, _, call_id, body = frame
+    if kind != BOOT:
+        raise BadFrame(f"a frame of kind {kind} where the first call was due")
     words[SINCE] = time.monotonic_ns()
     words[PHASE] = IMPORT
-    fields, settings, blob = plain_loads(body)
-    place = _context.Place(RankInfo(*fields))
+    try:
+        fields, settings, blob = plain_loads(body)
+        place = _context.Place(RankInfo(*fields))
+    except Exception as error:
+        raise BadFrame(f"a first call that is none ({type(error).__name__}: {error})") from None
     prepare(place, settings)
 
     def make() -> object:
@@ -250,7 +258,10 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         sys.argv[:] = settings["argv"]  # type: ignore[call-overload]
         channel.spin = Spin(*settings["spin"])  # type: ignore[misc]
 
-    serve(channel, page.words(rank), prepare)
+    try:
+        serve(channel, page.words(rank), prepare)
+    except BadFrame as error:
+        sys.exit(f"rankwise: rank {rank} cannot go on: the driver has sent {error}")
 
 
 def _leave_child(sock: socket, channel: WorkerChannel, place: _context.Place) -> None:

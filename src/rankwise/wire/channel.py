@@ -48,7 +48,12 @@ pack_header = HEADER.pack
 
 
 class BadFrame(Exception):
-    """What came is no frame, or not the next one. The channel cannot be used any further."""
+    """What came is no frame, or not the next one. The channel cannot be used any further.
+
+    before: the whole frames that came before it, as `DriverChannel.frames` gives them.
+    """
+
+    before: tuple[list[tuple[int, int, bytes, int]], bytes, int] = ([], b"", 0)
 
 
 def check_header(data: bytes | bytearray, at: int) -> tuple[int, int, int, int, int]:
@@ -71,7 +76,7 @@ class DriverChannel:
     """The driver's end. `flush` belongs to who holds the group's lock, `receive` to the leader."""
 
     __slots__ = (
-        "_chunks", "_going", "_last_sent", "_received", "_send_sequence", "eof", "fd",
+        "_chunks", "_first", "_going", "_last_sent", "_received", "_send_sequence", "eof", "fd",
         "receive_sequence", "recv", "send", "sock", "wants_out",
     )  # fmt: skip
 
@@ -85,6 +90,7 @@ class DriverChannel:
         self._received = 0
         self.eof = False
         self.receive_sequence = 0
+        self._first = 0  # the sequence that is due where the bytes that are held begin
         self.wants_out = False
         self._send_sequence = 0
         self._last_sent = -1
@@ -191,16 +197,20 @@ class DriverChannel:
         data = chunks[0] if chunks else b""
         at = 0
         size = len(data)
-        while size - at >= HEADER_SIZE:
-            magic, kind, _, sequence, call_id, length = unpack_header(data, at)
-            if magic != MAGIC or length > MAX_BODY:
-                check_header(data, at)  # says what is wrong
-            end = at + HEADER_SIZE + length
-            if end > size:
-                self._check_begun(sequence, found)
-                break
-            found.append((kind, call_id, data[at + HEADER_SIZE : end], sequence))
-            at = end
+        try:
+            while size - at >= HEADER_SIZE:
+                magic, kind, _, sequence, call_id, length = unpack_header(data, at)
+                if magic != MAGIC or length > MAX_BODY:
+                    check_header(data, at)  # says what is wrong
+                end = at + HEADER_SIZE + length
+                if end > size:
+                    self._check_begun(sequence, found)
+                    break
+                found.append((kind, call_id, data[at + HEADER_SIZE : end], sequence))
+                at = end
+        except BadFrame as error:
+            error.before = found, data, at
+            raise
         return found, data, at
 
     def _check_begun(self, sequence: int, found: list[tuple[int, int, bytes, int]]) -> None:
@@ -214,7 +224,24 @@ class DriverChannel:
         chunks = self._chunks
         kept = (data[used:],) if used < len(data) else ()
         if chunks and chunks[0] is data:  # else a handler's own call has already taken them
+            self._first = self.receive_sequence
             chunks[:1] = kept
+
+    def seen_before(self, found: list[tuple[int, int, bytes, int]], data: bytes) -> bool:
+        """Whether a frame among `found` in `data` that is not due any more was dealt with by
+        somebody who was struck before `consume`; else the other end has sent it twice."""
+        chunks = self._chunks
+        if not chunks or chunks[0] is not data:
+            return True  # a handler's own call has dealt with them, and taken them
+        numbers = [(number - self._first) & SEQUENCE_MASK for _, _, _, number in found]
+        return numbers == list(range(len(found)))
+
+    def out_of_turn(self, kind: int, sequence: int) -> str:
+        """What is wrong with a frame that is not the next answer."""
+        due = self.receive_sequence & SEQUENCE_MASK
+        if sequence == due:
+            return f"frame {sequence} is of kind {kind}, which is no answer"
+        return f"frame {sequence} came where {due} was due"
 
     def forget(self) -> None:
         """The other end has gone: keep no call alive that was half sent."""
