@@ -98,7 +98,11 @@ def format_traceback(error: BaseException) -> str:
 
 def _is_ours(frame: FrameType) -> bool:
     """Whether it is what calls the user's code: the reader of a traceback did not write it."""
-    return frame.f_globals.get("__name__") in (__name__, "rankwise._worker")
+    return frame.f_globals.get("__name__") in (
+        __name__,
+        "rankwise._worker",
+        "rankwise.testing._inject",
+    )
 
 
 def _type_name(cls: type[BaseException]) -> str:

@@ -31,6 +31,7 @@ from rankwise._messages import (
 )
 from rankwise._methods import method_name
 from rankwise._outcome import Failed, Ok, capture, encode_failure, format_traceback
+from rankwise._planned import FAULTS
 from rankwise._rankinfo import RankInfo
 from rankwise._spin import Spin
 from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SINCE
@@ -51,8 +52,8 @@ if TYPE_CHECKING:
     class Channel(Protocol):
         """What `serve` needs of a channel."""
 
-        arena: Arena | None
-
+        @property
+        def arena(self) -> Arena | None: ...
         def receive(self) -> tuple[int, int, int, bytes | bytearray] | None: ...
         def reply(self, kind: int, call_id: int, body: bytes) -> None: ...
 
@@ -64,11 +65,14 @@ def serve(
     channel: Channel,
     words: memoryview,
     prepare: Callable[[_context.Place, dict[str, object]], None],
+    run: Callable[..., object] | None = None,
 ) -> None:
     """Make the worker object, run the calls that come, and end it in order.
 
     `prepare` is given the rank's place and the driver's settings before any user code is loaded.
+    run: what takes the place of `run_call`, where a test has planned faults.
     """
+    run = run or run_call
     made = _construct(channel, words, prepare)
     if made is None:
         return
@@ -85,7 +89,7 @@ def serve(
         _, flags, call_id, body = frame
         words[SINCE] = time.monotonic_ns()
         words[RUNNING] = call_id
-        outcome = capture(_run, (worker, place, words, arena, flags, call_id, body), {})
+        outcome = capture(run, (worker, place, words, arena, flags, call_id, body), {})
         kind, answer = _answer(outcome, place, arena, flags)
         del outcome
         del frame, body  # a worker that waits keeps nothing of the last call alive
@@ -165,7 +169,7 @@ def _answer(
     return FAILED, encode_failure(outcome, "" if call is None else call.where)
 
 
-def _run(
+def run_call(
     worker: object,
     place: _context.Place,
     words: memoryview,
@@ -237,6 +241,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
 
     from rankwise._status import StatusPage
 
+    faults = os.environ.pop(FAULTS, None)
     for fd in (call_fd, status_fd, crash_fd):
         os.set_inheritable(fd, False)
     # Before any user code: the stacks of a crash go to the launcher, which reads them after it.
@@ -258,8 +263,14 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         sys.argv[:] = settings["argv"]  # type: ignore[call-overload]
         channel.spin = Spin(*settings["spin"])  # type: ignore[misc]
 
+    seen: Channel = channel
+    run = None
+    if faults is not None:
+        from rankwise.testing._inject import arm
+
+        seen, run = arm(faults, rank, channel)
     try:
-        serve(channel, page.words(rank), prepare)
+        serve(seen, page.words(rank), prepare, run)
     except BadFrame as error:
         sys.exit(f"rankwise: rank {rank} cannot go on: the driver has sent {error}")
 

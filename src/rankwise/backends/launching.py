@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 
-from rankwise import _environment, _status
+from rankwise import _environment, _planned, _status
 from rankwise._messages import Launch
 from rankwise.logs.show import use_color
 from rankwise.wire.arena import make_room, open_arena
@@ -74,6 +74,10 @@ def start_launcher(spec: GroupSpec, stack: ExitStack) -> Started:
         hash_seed=secrets.randbelow(1 << 32),
         budget=_environment.cpu_budget(),
     )
+    if _planned.faults is not None:
+        told = _planned.faults.text_for(size)
+        for variables in environments:
+            variables[_planned.FAULTS] = told
     sockets = []
     theirs = []
     for _ in range(size):
