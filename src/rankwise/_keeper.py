@@ -120,8 +120,10 @@ class Keeper:
         with pump.lock:
             expired = pump.ledger.expire(now)
         if now >= self._next_look:
+            self._next_look = now + TICK
             self._look_for_lost()
-            self._next_look = now + (AGAIN if self._lookout.suspects else TICK)
+            if self._lookout.suspects:
+                self._next_look = now + AGAIN
         if expired or pump.ledger.settled:
             pump.spread()
         engine.step(now)

@@ -113,13 +113,14 @@ def test_lost_answers_are_reported_although_calls_are_queued_behind_them(group):
 
 
 def test_a_lost_answer_is_reported_while_the_rank_goes_on_with_other_calls(group):
+    """No second is promised for a rank that is not idle: it takes a look at a moment when nothing
+    from it lies in the driver's socket."""
     future = group[1].submit("lose", 1)
     began = time.monotonic()
     with pytest.raises(GroupBroken, match="lose"):
-        while time.monotonic() < began + 5:
+        while time.monotonic() < began + 20:
             group[1].call("echo", 1)
             time.sleep(0.003)
-    assert time.monotonic() - began < 1.5  # it is not idle: no second was promised
     assert future.done()
 
 
