@@ -5,7 +5,7 @@
 
 It sleeps in `Pump.outer`: the launcher's channel and pidfd, its own eventfd, and the reply sockets
 (nested, armed only when a call is open that nobody waits for). While calls are open it also looks
-around twice a second: for calls and answers that were lost (`_lookout.py`), and for
+around, about twice a second: for calls and answers that were lost (`_lookout.py`), and for
 acknowledgements that nobody has fetched. An idle group's keeper does not wake at all.
 
 An engine that is abandoned (its group was collected) is ended by a thread that the keeper starts: a
