@@ -6,10 +6,12 @@ from __future__ import annotations
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+from _pickle import dumps
 
 import pytest
 from drivers import in_thread
@@ -128,6 +130,51 @@ def test_a_rank_that_is_sent_nonsense_dies_with_a_last_word(group):
     assert (error.rank, error.exitcode) == (1, 1)
     assert "rankwise: rank 1 cannot go on: the driver has sent a header that is none" in str(error)
     assert "Traceback" not in error.log_tail
+
+
+# -- the control channel --------------------------------------------------------------------------
+
+
+def launchers_end(group):
+    """A copy of the launcher's end of the control channel."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    link = group._engine.link
+    pid = link._launcher.pid
+    for fd in map(int, os.listdir(f"/proc/{pid}/fd")):
+        if not os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket"):
+            continue
+        copy = libc.syscall(438, link.launcher_pidfd, fd, 0)  # pidfd_getfd, from Linux 5.6
+        if copy < 0:
+            pytest.skip(f"pidfd_getfd: {os.strerror(ctypes.get_errno())}")
+        return socket.socket(fileno=copy)  # the launcher has no other
+    raise AssertionError("the launcher has no socket")
+
+
+def test_garbage_from_the_launcher_breaks_the_group_and_says_so(group):
+    with launchers_end(group) as sock:
+        future = group.submit(lambda worker: threading.Event().wait())
+        sock.sendall(b"\xff" * 64)
+        with pytest.raises(GroupBroken, match="bad frame on the control channel: length") as caught:
+            in_thread(future.result).value(5)
+    assert f"its launcher (pid {group._engine.link._launcher.pid})" in str(caught.value)
+
+
+def test_a_message_of_the_launchers_that_is_none_breaks_the_group_and_says_so(group):
+    body = dumps({"status": "ok"}, 5)
+    with launchers_end(group) as sock:
+        sock.sendall(struct.pack("<Q", len(body)) + body)
+        with pytest.raises(GroupBroken, match="it holds a dict"):
+            in_thread(lambda: [group.call("echo", n) for n in range(100_000)]).value(20)
+
+
+def test_garbage_to_the_launcher_ends_the_group_which_says_so(capfd, group):
+    future = group.submit(lambda worker: threading.Event().wait())
+    group._engine.link._control._sock.sendall(b"\xff" * 64)
+    with pytest.raises(GroupBroken, match=r"its launcher \(pid \d+\) exited with status 1"):
+        in_thread(future.result).value(5)
+    assert "bad frame on the control channel: length" in capfd.readouterr().err
 
 
 # -- a worker alone -------------------------------------------------------------------------------
