@@ -167,3 +167,41 @@ def test_an_exception_of_the_block_comes_first():
         kept.append(socket.socket())
         raise KeyError
     kept[0].close()
+
+
+def test_pytest_finds_the_fixtures_where_rankwise_is_installed(tmp_path):
+    """Installed is what has a dist-info with its entry points on the path."""
+    info = tmp_path / "rankwise-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rankwise\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[pytest11]\nrankwise = rankwise.testing.plugin\n")
+    (tmp_path / "test_it.py").write_text(
+        "class Worker:\n"
+        "    def echo(self, value): return value\n"
+        "def test_it(inline_group, leak_check):\n"
+        "    assert inline_group(Worker, 2).call('echo', 3) == [3, 3]\n"
+    )
+    path = os.pathsep.join((str(tmp_path), str(ROOT / "src")))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path)],
+        capture_output=True, text=True, cwd=tmp_path, timeout=50, check=False,
+        env=os.environ | {"PYTHONPATH": path},
+    )  # fmt: skip
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_leak_check_fixture_fails_the_test_and_says_what_is_left(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import socket\nkept = []\ndef test_it(leak_check):\n    kept.extend(socket.socketpair())\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--disable-plugin-autoload",
+            "-p", "rankwise.testing.plugin", str(tmp_path),
+        ],
+        capture_output=True, text=True, cwd=tmp_path, timeout=50, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert "1 passed, 1 error" in done.stdout, done.stdout + done.stderr
+    assert "the test has left behind:\n" in done.stdout
+    assert "socket:" in done.stdout
