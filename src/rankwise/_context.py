@@ -13,6 +13,8 @@ from rankwise._status import is_cancelled
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rankwise._rankinfo import RankInfo
 
 
@@ -32,7 +34,8 @@ class CurrentCall:
 
     def remaining(self) -> float | None:
         """Seconds until the caller's deadline, 0.0 once it has passed; None where it gave none."""
-        return left(self._deadline)
+        until: Callable[[float | None], float | None] = getattr(_threads, "left", left)
+        return until(self._deadline)
 
     def cancelled(self) -> bool:
         """Whether the caller has cancelled this call. It goes on all the same, unless it looks."""
@@ -86,9 +89,10 @@ def enter_process(place: Place) -> None:
     _process = place
 
 
-def enter_thread(place: Place) -> None:
-    """The calling thread is a worker from now on."""
+def enter_thread(place: Place, left: Callable[[float | None], float | None] = left) -> None:
+    """The calling thread is a worker from now on. left: how long it is until a deadline."""
     _threads.place = place
+    _threads.left = left
 
 
 def current_place() -> Place | None:

@@ -51,6 +51,10 @@ if TYPE_CHECKING:
             """Give `calls` their place in the order. Never blocks. Returns as `run` does."""
             ...
 
+        def deadline(self, timeout: float | None) -> float | None:
+            """The moment `timeout` seconds from now, by the clock that it goes by; None: none."""
+            ...
+
         def barrier(self, call: Call) -> None:
             """Settle `call` once every call before it has ended."""
             ...

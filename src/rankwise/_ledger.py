@@ -155,13 +155,12 @@ class Ledger:
 
     # -- what comes back ----------------------------------------------------------------------
 
-    def reply(self, rank: int, call_id: int, kind: int, body: bytes, now: float) -> None:
-        """`rank` has answered call `call_id` with a frame of `kind`."""
+    def reply(self, rank: int, call_id: int, kind: int, body: bytes, now: float) -> bool:
+        """`rank` has answered call `call_id` with a frame of `kind`. Whether that is nonsense."""
         inflight = self.inflight[rank]
         call = inflight.get(call_id)
         if call is None:
-            self.late += 1
-            return
+            return self._unasked(rank, call_id)
         answers = call.answers
         if call.done:
             self._late_reply(call, rank, kind, body, now)
@@ -178,6 +177,16 @@ class Ledger:
                 self._finish(call)
             self._end(call)
         inflight.pop(call_id, None)
+        return False
+
+    def _unasked(self, rank: int, call_id: int) -> bool:
+        """An answer that `rank` does not owe: this very event, run again, or one to no call."""
+        self.late += 1
+        call = self.open.get(call_id)
+        if call_id <= self._last_id and (call is None or rank in call.answers):
+            return False
+        self.break_group(Garbled(rank, f"it has answered call {call_id}, which it was not sent"))
+        return True
 
     def _late_reply(self, call: Call, rank: int, kind: int, body: bytes, now: float) -> None:
         """`call` had its outcome already."""

@@ -118,7 +118,11 @@ def format_traceback(error: BaseException) -> str:
 
 def _is_ours(frame: FrameType) -> bool:
     """Whether it is what calls the user's code: the reader of a traceback did not write it."""
-    return frame.f_globals.get("__name__") in (__name__, "rankwise._worker")
+    return frame.f_globals.get("__name__") in (
+        __name__,
+        "rankwise._worker",
+        "rankwise.testing._inject",
+    )
 
 
 def _type_name(cls: type[BaseException]) -> str:
@@ -129,15 +133,30 @@ def _type_name(cls: type[BaseException]) -> str:
 
 def failed_at(body: bytes) -> float:
     """When the failure in `body` happened, by the worker's CLOCK_MONOTONIC."""
-    when: float = opened(body)[0]
+    when: float = _parts(body)[0]
     return when
+
+
+def _parts(body: bytes) -> tuple[float, str, str, str, str, Any, Any]:
+    """What `encode_failure` has put into `body`; where it is none of its own, words about that."""
+    try:
+        when, name, message, text, label, pickled, buffers = opened(body)
+        if type(when) is float and {type(name), type(message), type(text), type(label)} == {str}:
+            return when, name, message, text, label, pickled, buffers
+        reason: object = "it is something else"
+    except Exception as error:
+        if is_interrupt(error):
+            raise
+        reason = repr(error)
+    message = f"it failed, and what it says of that cannot be read: {reason}"
+    return clock(), "BadFrame", message, "", "", None, ()
 
 
 def failure(body: bytes, rank: int, pid: int, method: str) -> Exception:
     """The exception for the body of a FAILED frame, ready to be raised."""
     from rankwise.errors import RemoteError  # the driver's alone, and heavy
 
-    _, name, message, text, label, pickled, buffers = opened(body)
+    _, name, message, text, label, pickled, buffers = _parts(body)
     where = f"rank {rank} (pid {pid}) in {label or method}"
     remote = RemoteError(
         f"{where}: {name}: {message}" if message else f"{where}: {name}",

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from rankwise._spin import Spin
 
 NEVER = float("inf")
-TICK = 0.25  # seconds between the keeper's looks at open calls
+TICK = 0.4  # seconds between the keeper's looks at open calls
 
 
 class Pump:

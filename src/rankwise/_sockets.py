@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import select
 from fcntl import ioctl
-from struct import unpack
+from sys import byteorder
 from termios import FIONREAD, TIOCOUTQ
 
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
+from rankwise._interrupts import is_interrupt
 from rankwise._messages import (
     ANSWERS,
     DEADLINE,
@@ -112,6 +113,7 @@ class Sockets:
         All of them first give what they have, and then it is fed, with the lock taken once.
         """
         came = []
+        bad: list[tuple[int, str]] = []
         ended: list[int] = []
         more = False
         for rank in ranks:
@@ -124,9 +126,9 @@ class Sockets:
                 ended.append(rank)
             try:
                 frames, data, used = channel.frames()
-            except BadFrame as reason:
-                self._garbled(rank, str(reason))
-                continue
+            except BadFrame as error:
+                frames, data, used = error.before  # good answers come first
+                bad.append((rank, str(error)))
             if frames:
                 came.append((rank, channel, frames, data, used))
         if came:
@@ -134,6 +136,8 @@ class Sockets:
             with self._lock:
                 for rank, channel, frames, data, used in came:
                     self._feed(rank, channel, frames, data, used, now)
+        for rank, reason in bad:
+            self._garbled(rank, reason)
         for rank in ended:
             with self._lock:
                 self._forget(self.channels[rank])
@@ -162,19 +166,26 @@ class Sockets:
         for kind, call_id, body, sequence in frames:
             if sequence != channel.receive_sequence & SEQUENCE_MASK:
                 ahead = (sequence - channel.receive_sequence) & SEQUENCE_MASK
-                if ahead < SEQUENCE_MASK >> 1:
-                    self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
+                if ahead < SEQUENCE_MASK >> 1 or not channel.seen_before(frames, data):
+                    self._garbled(rank, channel.out_of_turn(kind, sequence))
                     return
                 continue  # fed already, by who was struck, or by a handler's own wait
             if kind in _LENT and self.arena is not None:
                 lent = True
-                kind, body = _LENT[kind], self.arena.receive(body, rank, sequence)
+                try:
+                    kind, body = _LENT[kind], self.arena.receive(body, rank, sequence)
+                except Exception as error:
+                    if is_interrupt(error):
+                        raise
+                    what = f"the result of call {call_id} lies nowhere ({error})"
+                    self._garbled(rank, f"frame {sequence}: {what}")
+                    return
             if kind not in ANSWERS:
-                self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
+                self._garbled(rank, channel.out_of_turn(kind, sequence))
                 return
-            ledger.reply(rank, call_id, kind, body, now)
+            if ledger.reply(rank, call_id, kind, body, now) or kind == FAILED:
+                failed = True  # which sets timers, or breaks the group
             channel.receive_sequence += 1
-            failed = failed or kind == FAILED  # which sets timers
         channel.consume(data, used)
         if lent and self.arena is not None:
             self.arena.dealt(rank)
@@ -212,16 +223,19 @@ class Sockets:
                 self.deaths.pop(rank, None)
             self._on_news()
 
-    def quiet(self, rank: int) -> bool:
-        """Whether nothing is on its way to or from `rank`: each end has read all that was sent."""
-        channel = self.channels[rank]
-        if channel.eof or channel.wants_out or self._ledger.queued(rank):
-            return False
-        unread = unpack("i", ioctl(channel.fd, TIOCOUTQ, b"\0\0\0\0"))[0]
-        waiting = unpack("i", ioctl(channel.fd, FIONREAD, b"\0\0\0\0"))[0]
-        return not unread and not waiting
+    def unread_there(self, rank: int) -> int:
+        """How much of what was sent to `rank` it has not read yet; bytes, as the kernel counts."""
+        return _count(self.channels[rank].fd, TIOCOUTQ)
+
+    def unread_here(self, rank: int) -> int:
+        """How many bytes from `rank` no leader has taken yet."""
+        return _count(self.channels[rank].fd, FIONREAD)
 
     def close(self) -> None:
         for channel in self.channels:
             channel.close()
         self.ready.close()
+
+
+def _count(fd: int, what: int) -> int:
+    return int.from_bytes(ioctl(fd, what, bytes(4)), byteorder)

@@ -14,7 +14,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 from rankwise._answers import explain, take
 from rankwise._calls import Call
 from rankwise._checks import one_a_rank, wrong_type
-from rankwise._deadline import check_timeout, deadline
+from rankwise._deadline import check_timeout
 from rankwise._future import GroupFuture
 from rankwise._methods import resolve_method
 from rankwise._options import KEEP, Options, check_reply_from, pick
@@ -86,7 +86,7 @@ class View:
             ranks,
             shape=self._bare,
             bodies=bodies,
-            deadline=deadline(options.timeout),
+            deadline=None if options.timeout is None else self._engine.deadline(options.timeout),
             reply_from=options.reply_from,
             return_exceptions=options.return_exceptions,
             on_error=options.on_error or ("fail" if len(ranks) > 1 else "continue"),
@@ -141,7 +141,7 @@ class View:
         engine = self._seat.engine
         body = encode_call(sent, args, kwargs, engine.arena, self._ranks)
         options = self._options
-        until = deadline(options.timeout)
+        until = engine.deadline(options.timeout)
         calls = tuple(
             Call(
                 name,
@@ -168,8 +168,8 @@ class View:
 
         Raises nothing of theirs; CallTimeout where `timeout` seconds were not enough.
         """
-        until = deadline(check_timeout(timeout))
         engine = self._seat.engine
+        until = engine.deadline(check_timeout(timeout))
         call = Call("flush", b"", ())
         engine.barrier(call)
         if not engine.wait(call, until):

@@ -21,6 +21,7 @@ from rankwise import _context
 from rankwise._messages import (
     ACK,
     BOOT,
+    CALL,
     DEADLINE,
     EXIT,
     FAILED,
@@ -32,13 +33,14 @@ from rankwise._messages import (
 )
 from rankwise._methods import method_name
 from rankwise._outcome import Failed, capture, encode_failure, format_traceback
+from rankwise._planned import FAULTS
 from rankwise._rankinfo import RankInfo
 from rankwise._spin import Spin
 from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SINCE
 from rankwise._status import EXIT as EXITING
 from rankwise.wire import codec
 from rankwise.wire.arena import open_arena
-from rankwise.wire.channel import TooLarge, WorkerChannel
+from rankwise.wire.channel import BadFrame, TooLarge, WorkerChannel
 from rankwise.wire.codec import encode_result
 from rankwise.wire.lending import LENT, Lent
 
@@ -55,8 +57,8 @@ if TYPE_CHECKING:
     class Channel(Protocol):
         """What `serve` needs of a channel."""
 
-        arena: Arena | None
-
+        @property
+        def arena(self) -> Arena | None: ...
         def receive(self) -> tuple[int, int, int, Body] | None: ...
         def reply(self, kind: int, call_id: int, body: bytes) -> None: ...
 
@@ -68,10 +70,12 @@ def serve(
     channel: Channel,
     words: memoryview,
     prepare: Callable[[_context.Place, dict[str, object]], None],
+    before: Callable[[], object] | None = None,
 ) -> None:
     """Make the worker object, run the calls that come, and end it in order.
 
     `prepare` is given the rank's place and the driver's settings before any user code is loaded.
+    before: called before each method, where a test has planned faults.
     """
     made = _construct(channel, words, prepare)
     if made is None:
@@ -90,7 +94,7 @@ def serve(
         except TooLarge as error:
             reply(FAILED, error.call_id, encode_failure(Failed(error)))
             continue
-        if frame is None or frame[0] == EXIT:
+        if frame is None or frame[0] != CALL:
             break
         _, flags, call_id, body = frame
         words[SINCE] = now()
@@ -109,12 +113,15 @@ def serve(
             if type(method) is str:
                 place.method = method
                 place.owner = worker
-                place.call_id = call_id
-                value = getattr(worker, method)(*args, **kwargs)
             else:
                 place.method = method_name(method)
                 place.owner = None
-                place.call_id = call_id
+            place.call_id = call_id
+            if before is not None:
+                before()
+            if type(method) is str:
+                value = getattr(worker, method)(*args, **kwargs)
+            else:
                 value = method(worker, *args, **kwargs)
             if type(value) is coroutine:
                 value.close()
@@ -140,6 +147,8 @@ def serve(
         del answer
         words[DONE] = call_id
         words[RUNNING] = 0
+    if frame is not None and frame[0] != EXIT:
+        raise BadFrame(f"a frame of kind {frame[0]} where a call was due")
     words[PHASE] = EXITING
     _leave(worker)
 
@@ -160,13 +169,18 @@ def _construct(
     prepare: Callable[[_context.Place, dict[str, object]], None],
 ) -> tuple[object, _context.Place] | None:
     frame = channel.receive()
-    if frame is None or frame[0] != BOOT:
+    if frame is None or frame[0] == EXIT:
         return None
-    _, _, call_id, body = frame
+    kind, _, call_id, body = frame
+    if kind != BOOT:
+        raise BadFrame(f"a frame of kind {kind} where the first call was due")
     words[SINCE] = time.monotonic_ns()
     words[PHASE] = IMPORT
-    fields, settings, blob = plain_loads(body)
-    place = _context.Place(RankInfo(*fields), words)
+    try:
+        fields, settings, blob = plain_loads(body)
+        place = _context.Place(RankInfo(*fields), words)
+    except Exception as error:
+        raise BadFrame(f"a first call that is none ({type(error).__name__}: {error})") from None
     prepare(place, settings)
 
     def make() -> object:
@@ -190,8 +204,8 @@ def _construct(
     words[SINCE] = time.monotonic_ns()
     words[RUNNING] = call_id  # not idle before the answer has left
     words[PHASE] = READY
-    words[DONE] = call_id
     channel.reply(ACK, call_id, b"")
+    words[DONE] = call_id
     words[RUNNING] = 0
     return worker, place
 
@@ -234,6 +248,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
 
     from rankwise._status import StatusPage
 
+    faults = os.environ.pop(FAULTS, None)
     for fd in (call_fd, status_fd, crash_fd):
         os.set_inheritable(fd, False)
     # Before any user code: the stacks of a crash go to the launcher, which reads them after it.
@@ -243,6 +258,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
     sock = socket(-1, -1, -1, call_fd)
     channel = WorkerChannel(sock, Spin(0.0, learns=False))
     page = StatusPage(rank + 1, status_fd)
+    channel.words = page.words(rank)
 
     def prepare(place: _context.Place, settings: dict[str, object]) -> None:
         # A child that the worker forks must not keep the call channel open after its death.
@@ -254,7 +270,16 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         sys.argv[:] = settings["argv"]  # type: ignore[call-overload]
         channel.spin = Spin(*settings["spin"])  # type: ignore[misc]
 
-    serve(channel, page.words(rank), prepare)
+    seen: Channel = channel
+    before = None
+    if faults is not None:
+        from rankwise.testing._inject import arm
+
+        seen, before = arm(faults, rank, channel)
+    try:
+        serve(seen, page.words(rank), prepare, before)
+    except BadFrame as error:
+        sys.exit(f"rankwise: rank {rank} cannot go on: the driver has sent {error}")
 
 
 def _leave_child(sock: socket, channel: WorkerChannel, place: _context.Place) -> None:

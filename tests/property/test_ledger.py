@@ -149,10 +149,12 @@ class Machine(RuleBasedStateMachine):
         """An answer that nobody waits for: a second one, or one to a call that never was."""
         rank = data.draw(st.sampled_from(range(self.size)))
         known = [call.id for call in self.received[rank][: self.answered[rank]]]
-        call_id = data.draw(st.sampled_from(known)) if known else 10**9 + number
-        late = self.ledger.late
+        again = bool(known) and number > 10**5
+        call_id = data.draw(st.sampled_from(known)) if again else 10**9 + number
+        late, alive = self.ledger.late, self.alive()
         self.event("reply", rank, call_id, OK, b"nonsense", self.now)
         assert self.ledger.late > late
+        assert self.alive() is (alive and again), "it was never sent: the group breaks"
 
     @precondition(lambda self: self.placed)
     @rule(data=st.data())

@@ -24,7 +24,7 @@ SOURCE = REPOSITORY / "src"
 # From the top down. The first word says what a row is. `name.*` is a whole package, whose files may
 # import each other, but not in a circle.
 LAYERS = (
-    ("other ways in", "torch", "compat.*", "cli.*", "testing"),
+    ("other ways in", "torch", "compat.*", "cli.*", "testing.*"),
     ("the public names", ""),
     ("the user's verbs", "_group"),
     ("where its engine sits", "_seat"),
@@ -36,7 +36,7 @@ LAYERS = (
     ("threads and ends", "_lifetime", "_keeper", "_callbacks", "logs.show"),
     ("the pump", "_pump"),
     ("its lead, loops and sockets", "_lead", "_port", "_sockets"),
-    ("futures and the ledger", "_future", "_ledger", "_ranks"),
+    ("futures and the ledger", "_future", "_ledger", "_lookout", "_ranks"),
     ("answers", "_answers", "_options", "_engine"),
     ("calls", "_background", "_calls", "_shielded"),
     ("the launcher", "_launcher"),
@@ -58,7 +58,7 @@ LAYERS = (
     ("what it inherits, and when it starts again", "_inherited", "_restart"),
     (
         "the ground", "_checks", "_procfs", "_rankinfo", "_spin", "_status", "_messages",
-        "_deadline", "_interrupts", "errors", "wire", "logs",
+        "_deadline", "_interrupts", "_planned", "errors", "wire", "logs",
     ),
 )  # fmt: skip
 
@@ -68,14 +68,16 @@ UPWARD = {
     ("wire.codec", "wire.tensors"): "torch, where it is there and a tensor is sent",
     ("wire.codec", "wire.gpu"): "the same, where it lies in a GPU's memory",
     ("wire.codec", "wire.culprit"): "the slow path, when something cannot travel",
+    ("_worker", "testing._inject"): "a rank that a test has planned faults for",
+    ("backends.inline", "testing._inject"): "likewise, in a thread",
 }
 
 # A child must start fast and the launcher must stay clean, so their imports are counted: no more
 # than these, whatever lies below them.
 CHILDREN = {
     "_worker": {
-        "_context", "_messages", "_methods", "_outcome", "_rankinfo", "_spin", "_status",
-        "wire.arena", "wire.channel", "wire.codec", "wire.lending",
+        "_context", "_messages", "_methods", "_outcome", "_planned", "_rankinfo", "_spin",
+        "_status", "testing._inject", "wire.arena", "wire.channel", "wire.codec", "wire.lending",
     },
     "_launcher": {
         "_deadline", "_log_pipes", "_messages", "_preload", "_procfs", "_reaper", "_spawn",
@@ -91,6 +93,7 @@ CHILDREN = {
 OTHERS = {
     "cloudpickle": ["wire.byvalue"],
     "numpy": ["_shared_array"],
+    "pytest": ["testing.plugin"],
     "ray": ["backends.ray"],
     # The drop-in sets torch's threads, as the original does, if torch is there.
     "torch": ["torch", "compat._vllm_environment", "wire.gpu", "wire.tensors"],

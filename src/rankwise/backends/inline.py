@@ -10,9 +10,10 @@ no pump: a waiter sleeps at its gate, and one timer thread runs the deadlines ou
 from __future__ import annotations
 
 import threading
+import time
 from queue import SimpleQueue
 
-from rankwise import _context, _lifetime
+from rankwise import _context, _lifetime, _planned
 from rankwise._answers import broken
 from rankwise._background import Bell
 from rankwise._callbacks import Callbacks
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from rankwise._future import GroupFuture
     from rankwise._spec import GroupSpec
+    from rankwise._worker import Channel
     from rankwise.wire.arena import Arena
 
     Frame = tuple[int, int, int, bytes]
@@ -84,6 +86,12 @@ class InlineEngine:
         self._ending = False
         self._ended = False
         self._closing = threading.RLock()
+        # Of a test: what is to go wrong, and the time.
+        planned = _planned.faults
+        self._faults = "" if planned is None else planned.text_for(spec.world_size, threads=True)
+        self._manual = _planned.clock
+        if self._manual is not None:
+            self._manual.adopt(self)
         self._channels = [QueueChannel(self, rank) for rank in range(spec.world_size)]
         self._threads = [
             threading.Thread(
@@ -102,11 +110,19 @@ class InlineEngine:
 
     def _serve(self, rank: int) -> None:
         def prepare(place: _context.Place, settings: dict[str, object]) -> None:
-            _context.enter_thread(place)
+            manual = self._manual
+            _context.enter_thread(place, left if manual is None else manual.left)
 
         words = self._status.words(rank)
+        channel: Channel = self._channels[rank]
+        before = None
         try:
-            serve(self._channels[rank], words, prepare)
+            if self._faults:
+                from rankwise.testing._inject import arm
+
+                sleep = time.sleep if self._manual is None else self._manual.sleep
+                channel, before = arm(self._faults, rank, channel, sleep)
+            serve(channel, words, prepare, before)
         finally:
             words.release()
             if self._abandoned:
@@ -114,7 +130,7 @@ class InlineEngine:
 
     def reply(self, rank: int, kind: int, call_id: int, body: bytes) -> None:
         with self._lock:
-            self._ledger.reply(rank, call_id, kind, body, clock())
+            self._ledger.reply(rank, call_id, kind, body, self._now())
             self._send(rank)
             self._news.notify_all()
         self._tell()
@@ -132,12 +148,25 @@ class InlineEngine:
     def _run_timers(self) -> None:
         while True:
             with self._lock:
-                self._ledger.expire(clock())
+                self._ledger.expire(self._now())
             self._tell()
             with self._lock:
                 if self._closed:
                     return
-                self._news.wait(left(self._ledger.next_timer()))
+                timer = self._ledger.next_timer()
+                self._news.wait(left(timer) if self._manual is None else None)
+
+    def _now(self) -> float:
+        return clock() if self._manual is None else self._manual.time()
+
+    def tick(self) -> None:
+        """A test has let time pass."""
+        with self._lock:
+            self._ledger.expire(self._now())
+        self._tell()
+
+    def deadline(self, timeout: float | None) -> float | None:
+        return None if timeout is None else self._now() + max(0.0, timeout)
 
     # -- calls --------------------------------------------------------------------------------
 
@@ -164,7 +193,9 @@ class InlineEngine:
             self._ledger.barrier(call)
 
     def wait(self, call: Call, until: float | None) -> bool:
-        bell = Bell()
+        # A start and an end go by the real clock: nobody would move the other one meanwhile.
+        manual = None if self.starting or self._ending else self._manual
+        bell = Bell() if manual is None else manual
         with self._lock:
             if call.done:
                 return True

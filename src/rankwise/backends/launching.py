@@ -18,7 +18,7 @@ import sys
 from array import array
 from contextlib import ExitStack
 
-from rankwise import _environment, _status
+from rankwise import _environment, _planned, _status
 from rankwise._messages import Launch
 from rankwise.logs.show import use_color
 from rankwise.wire.arena import make_room, open_arena
@@ -123,6 +123,10 @@ def start_launcher(spec: GroupSpec, stack: ExitStack, warm: Held | None) -> Star
         hash_seed=spec.inherited.hash_seed,
         budget=_environment.cpu_budget(),
     )
+    if _planned.faults is not None:
+        told = _planned.faults.text_for(size)
+        for variables in environments:
+            variables[_planned.FAULTS] = told
     flags = _interpreter_flags(environments)
     sockets = []
     theirs = []

@@ -91,6 +91,8 @@ class LocalEngine:
     def submit(self, calls: tuple[Call, ...]) -> Error | None:
         return self.pump.submit(calls)
 
+    deadline = staticmethod(deadline)
+
     def barrier(self, call: Call) -> None:
         self.pump.check_entry()
         with self.pump.lock:

@@ -78,7 +78,9 @@ class Arena:
         )
         own = world_size if rank is None else rank
         self._borrower = Borrower(
-            self._file, lambda sender: self._row(TABLE + (own + sender) * ROW)
+            self._file,
+            _file_size(world_size),
+            lambda sender: self._row(TABLE + (own + sender) * ROW),
         )
         self.receive = self._borrower.receive
         self.dealt = self._borrower.dealt

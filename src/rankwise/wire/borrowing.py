@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from _pickle import loads
 
-from rankwise.wire.lending import HEAD
+from rankwise.wire.lending import HEAD, SLOTS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,17 +69,22 @@ class Received(bytes):
 
 
 class Borrower:
-    """Reads from `file`. `row(sender)`: the words by which `sender` is told of an end."""
+    """Reads from `file`, which has `size` bytes.
 
-    def __init__(self, file: File, row: Callable[[int], memoryview]) -> None:
+    row(sender): the words by which `sender` is told of an end.
+    """
+
+    def __init__(self, file: File, size: int, row: Callable[[int], memoryview]) -> None:
         self._file: File | None = file  # None: closed
+        self._size = size
         self._row = row
         # What has come and is not yet noted as dealt with: by sender, and sequence of the frame.
         self._coming: dict[int, dict[int, Received]] = {}
         _watch_forks()
 
     def load(self, body: bytes | bytearray | memoryview, sender: int = 0) -> Any:
-        """The object in `body`. Raises what its unpickling raises, and MemoryError."""
+        """The object in `body`. Raises what its unpickling raises, MemoryError, and ValueError or
+        struct.error where it is no body."""
         if type(body) is Received:
             return body.load()
         try:
@@ -134,9 +139,13 @@ class Borrower:
         self, body: bytes | bytearray | memoryview
     ) -> tuple[list[object], list[memoryview], memoryview]:
         """What keeps it mapped, the buffers, and the pickle."""
-        _, _, count, _, _, offset, size, inside = HEAD.unpack_from(body)
+        _, slot, count, _, _, offset, size, inside = HEAD.unpack_from(body)
         top = HEAD.size + 16 * count
         places = memoryview(body)[HEAD.size : top].cast("Q").tolist()
+        ends = [offset + size, *map(sum, zip(places[::2], places[1::2], strict=True))]
+        # A page behind the file's end would be SIGBUS, which nobody can catch.
+        if max(ends) > self._size or inside > size or slot >= SLOTS or top > len(body):
+            raise ValueError("a payload that is said to lie where there is no room for any")
         memories: list[object] = []
         own = self._map(offset, size, memories)
         buffers = []

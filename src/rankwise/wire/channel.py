@@ -20,6 +20,7 @@ from os import sched_yield
 
 from rankwise._deadline import clock
 from rankwise._messages import HEADER, MAGIC
+from rankwise._status import POLLS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +48,12 @@ pack_header = HEADER.pack
 
 
 class BadFrame(Exception):
-    """What came is no frame, or not the next one. The channel cannot be used any further."""
+    """What came is no frame, or not the next one. The channel cannot be used any further.
+
+    before: the whole frames that came before it, as `DriverChannel.frames` gives them.
+    """
+
+    before: tuple[list[tuple[int, int, bytes, int]], bytes, int] = ([], b"", 0)
 
 
 def check_header(data: bytes | bytearray, at: int) -> tuple[int, int, int, int, int]:
@@ -70,7 +76,7 @@ class DriverChannel:
     """The driver's end. `flush` belongs to who holds the group's lock, `receive` to the leader."""
 
     __slots__ = (
-        "_chunks", "_going", "_last_sent", "_received", "_send_sequence", "eof", "fd",
+        "_chunks", "_first", "_going", "_last_sent", "_received", "_send_sequence", "eof", "fd",
         "receive_sequence", "recv", "send", "sock", "wants_out",
     )  # fmt: skip
 
@@ -84,6 +90,7 @@ class DriverChannel:
         self._received = 0
         self.eof = False
         self.receive_sequence = 0
+        self._first = 0  # the sequence that is due where the bytes that are held begin
         self.wants_out = False
         self._send_sequence = 0
         self._last_sent = -1
@@ -138,6 +145,10 @@ class DriverChannel:
                 view = memoryview(body)[done - size :]
                 sent.extend(map(self.send, (view,), NO_SIGNAL))
             done = sum(sent)
+
+    def has_sent(self, call: Call) -> bool:
+        """Whether the last byte of `call` has left."""
+        return call.id <= self._last_sent
 
     def send_farewell(self, call: Call) -> None:
         """Send `call`, which has no body, if the socket takes it now and no frame is on its way."""
@@ -198,16 +209,20 @@ class DriverChannel:
         data = chunks[0] if chunks else b""
         at = 0
         size = len(data)
-        while size - at >= HEADER_SIZE:
-            magic, kind, _, sequence, call_id, length = unpack_header(data, at)
-            if magic != MAGIC or length > MAX_BODY:
-                check_header(data, at)  # says what is wrong
-            end = at + HEADER_SIZE + length
-            if end > size:
-                self._check_begun(sequence, found)
-                break
-            found.append((kind, call_id, data[at + HEADER_SIZE : end], sequence))
-            at = end
+        try:
+            while size - at >= HEADER_SIZE:
+                magic, kind, _, sequence, call_id, length = unpack_header(data, at)
+                if magic != MAGIC or length > MAX_BODY:
+                    check_header(data, at)  # says what is wrong
+                end = at + HEADER_SIZE + length
+                if end > size:
+                    self._check_begun(sequence, found)
+                    break
+                found.append((kind, call_id, data[at + HEADER_SIZE : end], sequence))
+                at = end
+        except BadFrame as error:
+            error.before = found, data, at
+            raise
         return found, data, at
 
     def _check_begun(self, sequence: int, found: list[tuple[int, int, bytes, int]]) -> None:
@@ -221,7 +236,24 @@ class DriverChannel:
         chunks = self._chunks
         kept = (data[used:],) if used < len(data) else ()
         if chunks and chunks[0] is data:  # else a handler's own call has already taken them
+            self._first = self.receive_sequence
             chunks[:1] = kept
+
+    def seen_before(self, found: list[tuple[int, int, bytes, int]], data: bytes) -> bool:
+        """Whether a frame among `found` in `data` that is not due any more was dealt with by
+        somebody who was struck before `consume`; else the other end has sent it twice."""
+        chunks = self._chunks
+        if not chunks or chunks[0] is not data:
+            return True  # a handler's own call has dealt with them, and taken them
+        numbers = [(number - self._first) & SEQUENCE_MASK for _, _, _, number in found]
+        return numbers == list(range(len(found)))
+
+    def out_of_turn(self, kind: int, sequence: int) -> str:
+        """What is wrong with a frame that is not the next answer."""
+        due = self.receive_sequence & SEQUENCE_MASK
+        if sequence == due:
+            return f"frame {sequence} is of kind {kind}, which is no answer"
+        return f"frame {sequence} came where {due} was due"
 
     def forget(self) -> None:
         """The other end has gone: keep no call alive that was half sent."""
@@ -237,7 +269,7 @@ class WorkerChannel:
 
     __slots__ = (
         "_data", "_poll", "_recv", "_recv_into", "_send", "_sent", "_sequence", "_sock",
-        "arena", "spin",
+        "arena", "spin", "words",
     )  # fmt: skip
 
     def __init__(self, sock: _socket.socket, spin: Spin) -> None:
@@ -253,6 +285,7 @@ class WorkerChannel:
         self._poll.register(sock.fileno(), select.POLLIN)
         self.spin = spin
         self.arena: Arena | None = None  # tended while there is nothing to do
+        self.words: memoryview | list[int] = [0] * (POLLS + 1)  # the rank's status page
 
     def receive(self) -> tuple[int, int, int, bytes | bytearray | memoryview] | None:
         """(kind, flags, call id, body) of the next frame; None at end of file.
@@ -307,7 +340,7 @@ class WorkerChannel:
                 try:
                     count = self._recv_into(view[at:])
                 except BlockingIOError:
-                    self._poll.poll()
+                    self._sleep(None)
                     continue
                 except OSError:
                     count = 0
@@ -327,7 +360,7 @@ class WorkerChannel:
                 sched_yield()
             else:
                 again = None if self.arena is None else self.arena.tend(now)
-                self._poll.poll(None if again is None else max(0.0, again - clock()) * 1000)
+                self._sleep(None if again is None else max(0.0, again - clock()) * 1000)
             try:
                 data = recv(size)
             except BlockingIOError:
@@ -338,6 +371,22 @@ class WorkerChannel:
             if not spin.steady or now - began > spin.most:
                 spin.waited(clock() - began)
             return data
+
+    def _sleep(self, milliseconds: float | None) -> None:
+        """Sleep until bytes come, and say so on the status page.
+
+        The number is odd from before this look at the socket until after it: who finds the same one
+        twice, and nothing unread between, knows that the rank has nothing in hand. A page that said
+        only what the rank runs could not tell that: whoever has taken a call off the socket waits
+        for the interpreter's lock next, as long as another thread of the user's keeps it.
+        """
+        words = self.words
+        number = words[POLLS] + 1 | 1
+        words[POLLS] = number
+        try:
+            self._poll.poll(milliseconds)
+        finally:
+            words[POLLS] = number + 1
 
     def reply(self, kind: int, call_id: int, body: bytes) -> None:
         """Answer; waits for as long as the driver does not read. Silent where it is gone."""
