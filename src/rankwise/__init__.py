@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rankwise._health import RankHealth
     from rankwise._rankinfo import RankInfo
     from rankwise._spec import per_rank
+    from rankwise._stacks import RankStack, Stacks
     from rankwise.errors import (
         CallTimeout,
         GroupBroken,
@@ -40,8 +41,10 @@ _HOMES = {
     "GroupFuture": "_future",
     "RankHealth": "_health",
     "RankInfo": "_rankinfo",
+    "RankStack": "_stacks",
     "RemoteError": "errors",
     "SerializationError": "errors",
+    "Stacks": "_stacks",
     "StartupError": "errors",
     "StartupTimeout": "errors",
     "WorkerDied": "errors",
@@ -60,8 +63,10 @@ __all__ = [
     "GroupFuture",
     "RankHealth",
     "RankInfo",
+    "RankStack",
     "RemoteError",
     "SerializationError",
+    "Stacks",
     "StartupError",
     "StartupTimeout",
     "WorkerDied",

@@ -5,8 +5,8 @@
 
 It sleeps in `Pump.outer`: the launcher's channel and pidfd, its own eventfd, and the reply sockets
 (nested, armed only when a call is open that nobody waits for). While calls are open it also looks
-around every quarter of a second: for answers that were lost, and for acknowledgements that nobody
-has fetched. An idle group's keeper does not wake at all.
+around every quarter of a second: for answers that were lost, for acknowledgements that nobody has
+fetched, and for calls that take long. An idle group's keeper does not wake at all.
 
 An engine that is abandoned (its group was collected) is ended by a thread that the keeper starts: a
 finalizer may run inside any lock and can do no more than say so.
@@ -129,6 +129,7 @@ class Keeper:
         served = pump.served
         with pump.lock:
             owed = list(pump.ledger.owed())
+        self._engine.reports.tick(clock(), owed)
         for rank, call in owed:
             # A rank that has read its call, and got no CPU to say so, has an idle page too.
             idle = ranks.state(rank)[0] == "idle" and ranks.asleep(rank)

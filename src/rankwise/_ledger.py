@@ -5,8 +5,8 @@
                 cancel, expire              lost: settled with WorkerDied, group broken
 
 No thread, clock, socket or process is touched here: events come in as method calls with the time as
-an argument, and what is to be done comes out in `settled`, `reports` and `broken`. The owner (a
-pump, or the inline engine) calls every method under its one lock.
+an argument, and what is to be done comes out in `settled`, `reports`, `overdue`, `slow` and
+`broken`. The owner (a pump, or the inline engine) calls every method under its one lock.
 
 An exception out of a signal handler may cut a method short between any two bytecodes when the owner
 is the main thread. So each method can be run again with the same event: what it stores first it can
@@ -41,7 +41,11 @@ FAILURE_PAUSE = 0.050
 # End of file on a channel without the launcher's word on the process: it closed its descriptors.
 HANGUP_PAUSE = 1.0
 
-DEADLINE, SETTLE, BREAK, HANGUP = range(4)
+# A call whose deadline has passed is settled by then, whether or not it could be found out what its
+# ranks are doing: 0.1 s that they have to say it, and the way there and back.
+EXPLAIN_PAUSE = 0.15
+
+DEADLINE, SETTLE, BREAK, HANGUP, SLOW = range(5)
 
 
 class Ledger:
@@ -50,7 +54,8 @@ class Ledger:
     __slots__ = (
         "_barriers", "_dropping", "_last_id", "_placing", "_queued", "_timers", "broken",
         "closing", "dead",
-        "exiting", "hung", "inflight", "late", "open", "reports", "settled", "world_size",
+        "exiting", "explains", "hung", "inflight", "late", "open", "overdue", "reports",
+        "settled", "slow", "world_size",
     )  # fmt: skip
 
     def __init__(self, world_size: int) -> None:
@@ -59,6 +64,9 @@ class Ledger:
         self.inflight: list[dict[int, Call]] = [{} for _ in range(world_size)]
         self.settled: deque[Call] = deque()  # to be told to their watchers
         self.reports: deque[tuple[Call, int, bytes]] = deque()  # failures that no caller will see
+        self.explains = False  # the owner settles overdue calls, once it can explain them
+        self.overdue: deque[Call] = deque()  # their deadline has passed, and is their outcome
+        self.slow: deque[Call] = deque()  # to be logged: they take longer than they should
         self.broken: Error | None = None
         self.closing = False
         self.exiting = False
@@ -96,8 +104,11 @@ class Ledger:
         if not (self._placing or self._dropping or self._barriers):
             return
         for call in self._placing:
-            if call.deadline is not None and call.id not in self.open:
-                self._timer(call.deadline, DEADLINE, call.id)
+            if (call.deadline is not None or call.slow is not None) and call.id not in self.open:
+                if call.deadline is not None:
+                    self._timer(call.deadline, DEADLINE, call.id)
+                if call.slow:
+                    self._timer(call.slow[0], SLOW, call.id)
             self.open[call.id] = call
             for rank in call.ranks:
                 queue = self._queued[rank]
@@ -168,6 +179,8 @@ class Ledger:
             answers[rank] = (kind, body)
             if kind == FAILED:
                 self._failure(call, now)
+                if call.error is not None:
+                    self.reports.append((call, rank, body))  # its deadline has passed
                 if call.reply_from is not None and not call.return_exceptions:
                     self._finish(call)
             elif rank == call.reply_from:
@@ -303,11 +316,11 @@ class Ledger:
             else:
                 call = self.open.get(number)
                 if call is not None:
-                    self._due(call, what)
+                    self._due(call, what, now)
             heappop(timers)
         return due
 
-    def _due(self, call: Call, what: int) -> None:
+    def _due(self, call: Call, what: int, now: float) -> None:
         if what == BREAK:
             failed = call.failure() or call.late_failure
             if failed is not None:
@@ -315,13 +328,28 @@ class Ledger:
         elif call.done:
             if call.dropped:
                 self._end(call)
+        elif what == SLOW:
+            self.slow.append(call)
         elif what == SETTLE:
-            self._finish(call)
-        elif not call.begun:
-            self._drop(call, Expired(call.ranks))
+            self._settle(call)
         else:
-            call.error = Expired(tuple(call.missing()))
-            self._finish(call)
+            if not isinstance(call.error, Expired):
+                call.error = Expired(tuple(call.missing()) if call.begun else call.ranks)
+                call.dropped = not call.begun
+            if self.explains:
+                self._timer(now + EXPLAIN_PAUSE, SETTLE, call.id)
+                self.overdue.append(call)
+            else:
+                self._settle(call)
+
+    def explained(self, call: Call) -> None:
+        """What is to be known of the overdue `call` is known."""
+        self.mend()
+        if not call.done:
+            self._settle(call)
+
+    def _settle(self, call: Call) -> None:
+        (self._drop_on if call.dropped else self._finish)(call)
 
     def next_timer(self) -> float | None:
         """The earliest moment at which `expire` has something to do, or None."""
