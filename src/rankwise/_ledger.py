@@ -345,8 +345,7 @@ class Ledger:
     def explained(self, call: Call) -> None:
         """What is to be known of the overdue `call` is known."""
         self.mend()
-        if not call.done:
-            self._settle(call)
+        self._due(call, SETTLE, 0.0)
 
     def _settle(self, call: Call) -> None:
         (self._drop_on if call.dropped else self._finish)(call)
