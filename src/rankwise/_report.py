@@ -1,9 +1,11 @@
 """What the ranks that owe an answer are doing, as it stands in CallTimeout and in the log.
 
-    status pages, /proc, the launcher's Told > look > RankReport > line:
-        rank 3: pid 4127, running load() for 29.8 s, in shard.py:88 all_reduce; last line: "x"
+    status pages, /proc > look > RankReport < hear < the launcher's Told
+                                   `> line: rank 3: pid 4127, running load() for 29.8 s,
+                                                    in shard.py:88 all_reduce; last line: "x"
 
-`look` never blocks: what had to be waited for (the stacks) has been, by who calls it.
+`look` never blocks, and comes before the launcher is asked: C code in `sleep` may return early from
+the signal at which a rank writes its stack, and the rank would be seen idle after it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _PROCESS = {"R": "runnable", "S": "asleep", "D": "asleep in the kernel (D)"}
 
 
 class RankReport:
-    """One rank at one moment. Nobody changes one after it is made.
+    """One rank at one moment.
 
     state: as in RankHealth. process: the kernel's letter for it, "" where it has none of its own.
     running, seconds: the id of the call that it is in (0: none), and for how long.
@@ -71,6 +73,11 @@ class RankReport:
         self.stack = stack
         self.reason = reason
         self.last_line = last_line
+
+    def hear(self, told: Told) -> None:
+        """What the launcher says of it."""
+        self.stack, self.reason = told.stack, told.reason
+        self.last_line = told.last_line or self.last_line
 
     def state_in(self, call: Call) -> str:
         """Its state as `call` sees it: "queued" where it is not in that call."""
@@ -116,10 +123,9 @@ class RankReport:
 def look(
     engine: Engine,
     ranks: Iterable[int],
-    told: Mapping[int, Told] | None = None,
     cpu: CpuUse | None = None,
 ) -> dict[int, RankReport]:
-    """What each of `ranks` is doing now, with what the launcher has `told` of it."""
+    """What each of `ranks` is doing now; its stack is not asked for."""
     known = engine.ranks
     owed = engine.owed()
     now = clock()
@@ -130,8 +136,9 @@ def look(
         process = _procfs.stat(pid) if rank in known.pids and state != "dead" else None
         running = known.running(rank) if state in ("running", "stopped") else 0
         call = owed.get(rank)
+        if state == "running" and (call is None or call.id != running):
+            state, running, seconds = "idle", 0, 0.0  # it has answered a moment ago
         method = call.method if call is not None and (not running or call.id == running) else None
-        answer = None if told is None else told.get(rank)
         ended = known.reports.get(rank)
         reports[rank] = RankReport(
             rank,
@@ -143,11 +150,7 @@ def look(
             seconds=seconds,
             method=method,
             cpu=None if cpu is None or process is None else cpu.share(pid, now),
-            stack=None if answer is None else answer.stack,
-            reason=None if answer is None else answer.reason,
-            last_line=(
-                last_line(ended.log_tail) if ended else "" if answer is None else answer.last_line
-            ),
+            last_line="" if ended is None else last_line(ended.log_tail),
         )
     return reports
 

@@ -42,8 +42,9 @@ class FakeRanks:
 
 
 def make_engine(name, world_size):
+    owed = dict.fromkeys(range(world_size), make_call())
     return types.SimpleNamespace(
-        name=name, world_size=world_size, ranks=FakeRanks(), arena=None, owed=dict
+        name=name, world_size=world_size, ranks=FakeRanks(), arena=None, owed=lambda: owed
     )
 
 
@@ -184,6 +185,7 @@ def test_a_slow_call_is_told_like_a_late_one(engine):
 def test_many_missing_ranks_are_not_all_listed_in_the_first_line():
     engine = make_engine("big", 20)
     call = Call("load", b"", tuple(range(20)))
+    call.id = 9
     error = timeout_error(call, engine, "why")
     first = str(error).splitlines()[0]
     assert first == (

@@ -149,10 +149,10 @@ class InlineEngine:
 
     def _explain(self, overdue: Iterable[Call], slow: Iterable[Call]) -> None:
         for call in overdue:
-            reports = self.inquire(tuple(call.missing()), 0.0)
+            error = call.error
+            if isinstance(error, Expired):
+                error.reports = self.inquire(error.missing, 0.0)
             with self._lock:
-                if isinstance(call.error, Expired):
-                    call.error.reports = reports
                 self._ledger.explained(call)
         for call in slow:
             if call.slow and not call.done:
@@ -160,8 +160,11 @@ class InlineEngine:
                 self.defer(partial(logger.warning, "%s", text))
 
     def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
-        told = thread_stacks({rank: self._threads[rank].ident for rank in ranks})
-        return look(self, ranks, told)
+        reports = look(self, ranks)
+        threads = {rank: self._threads[rank].ident for rank in ranks}
+        for rank, told in thread_stacks(threads).items():
+            reports[rank].hear(told)
+        return reports
 
     # -- calls --------------------------------------------------------------------------------
 

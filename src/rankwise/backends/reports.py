@@ -1,8 +1,8 @@
 """What the ranks are doing, asked of the launcher: for `stacks()`, CallTimeout and slow calls.
 
-    any thread   inquire > Ask ==> launcher ==Told=> heard > news > look > RankReports
-    the keeper   a deadline has passed > overdue > Ask ... Told > step > Ledger.explained
-                 a call is slow        > slow    > Ask ... Told > step > the log
+    any thread   inquire > look, Ask ==> launcher ==Told=> heard > news > RankReports
+    the keeper   a deadline has passed > overdue > look, Ask ... Told > step > Ledger.explained
+                 a call is slow        > slow    > look, Ask ... Told > step > the log
 
 The keeper never waits: an open inquiry is a line in `_pending`, looked at in `step`, and ended by
 its last Told or by the clock. A launcher that does not answer (stopped, or busy with an import)
@@ -27,26 +27,38 @@ from rankwise._slow import SlowCalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from rankwise._calls import Call
     from rankwise._report import RankReport
     from rankwise.backends.local import LocalEngine
 
+    Then = Callable[[dict[int, RankReport] | None], None]
+
 PATIENCE = 0.12  # seconds that the keeper gives the launcher, which gives a rank 0.1
 FRESH = 0.1  # seconds for which an answer serves other deadlines too
-_LOST = "the launcher does not answer"
 
 
 class Inquiry:
-    """One question to the launcher: who has not answered yet, and the answers."""
+    """One question: what is known of each rank, and for whom the launcher is still to answer."""
 
-    __slots__ = ("number", "told", "waiting")
+    __slots__ = ("number", "reports", "stacks", "waiting")
 
-    def __init__(self, number: int, ranks: tuple[int, ...]) -> None:
+    def __init__(self, number: int, reports: dict[int, RankReport], stacks: bool) -> None:
         self.number = number
-        self.waiting = set(ranks)
-        self.told: dict[int, Told] = {}
+        self.reports = reports
+        self.stacks = stacks
+        self.waiting = set(reports)
+
+    def hear(self, rank: int, told: Told) -> None:
+        self.reports[rank].hear(told)
+        self.waiting.discard(rank)
+
+    def end(self, why: str) -> dict[int, RankReport]:
+        """Wait no longer. Returns what is known; where there is no answer, `why`."""
+        for rank in tuple(self.waiting) if self.stacks else ():
+            self.hear(rank, Told(self.number, rank, None, why, ""))
+        return self.reports
 
 
 class Reports:
@@ -65,54 +77,45 @@ class Reports:
 
     def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
         """What each of `ranks` is doing, with its stacks. Waits `patience` seconds at most."""
-        engine = self._engine
+        link = self._engine.link
         inquiry = self._ask(ranks, stacks=True)
         try:
-            engine.link.wait_for(
-                lambda: not inquiry.waiting or engine.link.gone, clock() + patience
-            )
+            link.wait_for(lambda: not inquiry.waiting or link.gone, clock() + patience)
         finally:
             self._open.pop(inquiry.number, None)
-        return self._look(inquiry, ranks, stacks=True)
+        return inquiry.end(self._silence())
 
-    def _ask(self, ranks: tuple[int, ...], *, stacks: bool) -> Inquiry:
-        inquiry = Inquiry(next(self._numbers), ranks)
+    def _ask(
+        self, ranks: tuple[int, ...], *, stacks: bool, lately: Mapping[int, Told] | None = None
+    ) -> Inquiry:
+        """Ask about `ranks`, but for those of which was told `lately`."""
+        inquiry = Inquiry(next(self._numbers), look(self._engine, ranks, self._cpu), stacks)
+        for rank, told in (lately or {}).items():
+            inquiry.hear(rank, told)
         if inquiry.waiting:
             self._open[inquiry.number] = inquiry
-            self._engine.link.send(Ask(inquiry.number, ranks, stacks))
+            self._engine.link.send(Ask(inquiry.number, tuple(sorted(inquiry.waiting)), stacks))
         return inquiry
 
-    def _look(
-        self, inquiry: Inquiry, ranks: tuple[int, ...], *, stacks: bool
-    ) -> dict[int, RankReport]:
-        told = dict(inquiry.told)
-        if stacks:
-            for rank in ranks:
-                if rank not in told:
-                    why = "it has no process" if self._engine.link.gone else _LOST
-                    told[rank] = Told(inquiry.number, rank, None, why, "")
-        return look(self._engine, ranks, told, self._cpu)
+    def _silence(self) -> str:
+        return "it has no process" if self._engine.link.gone else "the launcher does not answer"
 
     # -- the keeper's thread ------------------------------------------------------------------
 
     def heard(self, told: Told) -> None:
         """The launcher has answered for one rank."""
-        if told.stack is not None:
-            running = self._engine.ranks.running(told.rank)
-            self._lately[told.rank] = (clock(), running, told)
         inquiry = self._open.get(told.number)
         if inquiry is not None:
-            inquiry.told[told.rank] = told
-            inquiry.waiting.discard(told.rank)
+            inquiry.hear(told.rank, told)
+            if told.stack is not None:
+                running = inquiry.reports[told.rank].running
+                self._lately[told.rank] = (clock(), running, told)
             if not inquiry.waiting:
                 self._open.pop(told.number, None)
 
     def overdue(self, calls: list[Call]) -> None:
         """The deadlines of `calls` have passed: find out what they wait for, then settle them."""
-        ranks = tuple(sorted({rank for call in calls for rank in call.missing()}))
-        fresh = self._fresh(ranks)
-        inquiry = self._ask(tuple(rank for rank in ranks if rank not in fresh), stacks=True)
-        inquiry.told.update(fresh)
+        ranks = tuple(sorted({rank for call in calls for rank in overdue_ranks(call)}))
 
         def settle(reports: dict[int, RankReport] | None) -> None:
             with self._engine.pump.lock:
@@ -121,18 +124,36 @@ class Reports:
                         call.error.reports = reports
                     self._engine.pump.ledger.explained(call)
 
-        self._pending.append(_Pending(inquiry, ranks, settle, stacks=True))
+        self._begin(ranks, settle, stacks=True, lately=self._fresh(ranks))
 
     def slow(self, call: Call, limit: float, *, stacks: bool) -> None:
         """`call` takes longer than `limit` seconds: log it, with what it waits for."""
         engine = self._engine
-        ranks = tuple(call.missing())
 
         def say(reports: dict[int, RankReport] | None) -> None:
             if reports is not None and not call.done:
                 engine.log(logging.WARNING, "%s", slow_text(call, engine, limit, reports))
 
-        self._pending.append(_Pending(self._ask(ranks, stacks=stacks), ranks, say, stacks=stacks))
+        self._begin(tuple(call.missing()), say, stacks=stacks)
+
+    def _begin(
+        self,
+        ranks: tuple[int, ...],
+        then: Then,
+        *,
+        stacks: bool,
+        lately: Mapping[int, Told] | None = None,
+    ) -> None:
+        try:
+            inquiry = self._ask(ranks, stacks=stacks, lately=lately)
+        except OSError:  # no descriptors, no memory: a deadline is kept all the same
+            self._end(then, None)
+        else:
+            self._pending.append(_Pending(inquiry, then))
+
+    def _end(self, then: Then, reports: dict[int, RankReport] | None) -> None:
+        then(reports)
+        self._engine.pump.spread()
 
     def step(self, now: float) -> float | None:
         """Begin what is due and end what can be ended. Returns when something is due, or None."""
@@ -149,20 +170,11 @@ class Reports:
                 if call.slow:
                     self.slow(call, call.slow[1], stacks=True)
             engine.link.flush()
-        if not self._pending:
-            return None
-        pending, self._pending = self._pending, []
-        for each in pending:
-            if each.inquiry.waiting and now < each.until and not engine.link.gone:
-                self._pending.append(each)
-                continue
-            self._open.pop(each.inquiry.number, None)
-            try:
-                reports = self._look(each.inquiry, each.ranks, stacks=each.stacks)
-            except OSError:  # no descriptors, no memory: a deadline is kept all the same
-                reports = None
-            each.then(reports)
-        engine.pump.spread()
+        for each in list(self._pending):
+            if not each.inquiry.waiting or now >= each.until or engine.link.gone:
+                self._pending.remove(each)
+                self._open.pop(each.inquiry.number, None)
+                self._end(each.then, each.inquiry.end(self._silence()))
         return min((each.until for each in self._pending), default=None)
 
     def tick(self, now: float, owed: list[tuple[int, Call]]) -> None:
@@ -185,23 +197,20 @@ class Reports:
         }
 
 
+def overdue_ranks(call: Call) -> tuple[int, ...]:
+    """The ranks that had not answered `call` at its deadline; none where it is over otherwise."""
+    return call.error.missing if isinstance(call.error, Expired) else ()
+
+
 class _Pending:
-    """An inquiry that the keeper ends: `then` gets the reports, or None where there are none."""
+    """An inquiry that the keeper ends, and what is done then with the reports (None: there are
+    none)."""
 
-    __slots__ = ("inquiry", "ranks", "stacks", "then", "until")
+    __slots__ = ("inquiry", "then", "until")
 
-    def __init__(
-        self,
-        inquiry: Inquiry,
-        ranks: tuple[int, ...],
-        then: Callable[[dict[int, RankReport] | None], None],
-        *,
-        stacks: bool,
-    ) -> None:
+    def __init__(self, inquiry: Inquiry, then: Then) -> None:
         self.inquiry = inquiry
-        self.ranks = ranks
         self.then = then
-        self.stacks = stacks
         self.until = clock() + PATIENCE
 
 
