@@ -90,7 +90,7 @@ def crash_memfd(pid):
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
 def test_a_rank_that_holds_the_gil_in_c_code_tells_its_stack_within_100_ms(start_method):
     with WorkerGroup(Worker, 2, start_method=start_method, logs="off") as group:
-        future = group[1].submit(Worker.count_in_c, 2 * 10**8)
+        future = group[1].submit(Worker.count_in_c, 6 * 10**7)
         until(lambda: group.health()[1].method == "count_in_c", what="it counts")
         times = []
         while len(times) < 9:
@@ -103,7 +103,7 @@ def test_a_rank_that_holds_the_gil_in_c_code_tells_its_stack_within_100_ms(start
                 )
         assert not future.done(), "it was in C code all the while"
         assert statistics.median(times) < 0.1
-        assert future.result() == sum(range(2 * 10**8))
+        assert future.result() == 3 * 10**7 * (6 * 10**7 - 1)
 
 
 def test_a_stopped_rank_is_left_as_it_is_and_says_so():
@@ -304,7 +304,7 @@ def test_what_was_told_is_not_kept():
 
 
 def test_a_rank_that_dies_meanwhile_is_reported_and_nobody_waits():
-    for _ in range(5):
+    for _ in range(2):
         group = WorkerGroup(Worker, 3, logs="off")
         pids = group.pids
         asker = in_thread(lambda group=group: [group.stacks() for _ in range(30)])
