@@ -1,32 +1,38 @@
 """Python stacks of ranks, at the driver's word and without a rank's help.
 
-    Ask > Dumps.ask > Dump: STACK_SIGNAL > faulthandler, in the rank's handler > its crash memfd
-    Told <--------- Dumps.look: the handler has returned, or `PATIENCE` is over <---'
+    Ask > Dumps.ask > Dump: STACKS_SIGNAL > Python runs our handler: all threads, then DUMPED
+    Told < Dumps.look         ten milliseconds, and it has not, though it had the CPU
+                              STACK_SIGNAL > faulthandler writes the main thread, in C
 
-faulthandler writes from the signal handler, in C and without the GIL: also while C code holds it.
-It writes the threads newest first, so the main one comes last; but what stands in the file cannot
-tell that the last line has been written. The kernel can. A handler runs with its own signal
-blocked, so the dump is complete when
+Both go to the rank's main thread alone and write to its crash memfd. The first is handled by
+Python code, at the next bytecode and with the GIL: nothing changes while it writes. Code that holds
+the GIL, or waits in C, never comes to a bytecode. That is what the second is for, and why it is
+safe then: faulthandler walks the frames from a C signal handler, with or without the GIL, and a
+thread that is in C code does not change its own. It shows the main thread only. To have it walk
+those of other threads while they run Python kills the process: some thirty such dumps did, where
+threads came and went (CPython 3.11), and the main thread's own one in 24,000, in the same busy
+code. Also it stops at a hundred threads, the newest first, and the main one would be the last.
 
-    something was written, and the signal is neither pending nor blocked by any thread that did not
-    block it before
+When is a dump whole? The first says so. For the second the kernel does: a handler runs with its own
+signal blocked, so it has returned if something was written and the signal is neither pending nor
+blocked, asked in that order. (Between taking a signal and blocking it the kernel shows neither; but
+nothing is written then.)
 
-in that order of looking: what was written proves that the handler has begun. (Between taking a
-signal and blocking it the kernel shows neither; but nothing is written then.)
-
-One dump a rank at a time: who asks meanwhile gets the same. One signal at most is pending: a rank
-that blocks it, or is starved, would get a queue of them. The file's position only grows and
-belongs to the rank; `Child.dumped` is how far it has been read, so a crash report begins after it.
+One dump a rank at a time: who asks meanwhile gets the same. No signal is sent while one is pending:
+a rank that blocks it, or gets no CPU, would have a queue of them. What comes late is left behind by
+the next `_start`. The file's position is the rank's and only grows; `Child.dumped` says how far it
+has been read, so a crash report begins after it.
 """
 
 from __future__ import annotations
 
 import os
+from _ctypes import call_function, dlopen, dlsym  # `ctypes` itself takes 2 ms
 from contextlib import suppress
 
 from rankwise import _procfs
 from rankwise._deadline import clock
-from rankwise._messages import STACK_SIGNAL, Told
+from rankwise._messages import DUMPED, STACK_SIGNAL, STACKS_SIGNAL, Told
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,12 +42,16 @@ if TYPE_CHECKING:
     from rankwise._messages import Ask
     from rankwise._spawn import Child
 
-PATIENCE: Final = 0.1  # seconds from the signal to the last word
+PATIENCE: Final = 0.1  # seconds from the first signal to the last word
+PYTHON_PATIENCE: Final = 0.01  # seconds that Python has to come to its handler
+_ON_CPU: Final = 2_000_000  # nanoseconds that it must have run in them, if it does not sleep
 LOOK: Final = 1.0  # milliseconds between two looks, while somebody waits
-# More than a hundred threads of a hundred frames, which is where faulthandler stops; a file that
-# has grown beyond it is emptied.
-_LONGEST: Final = 1 << 20
-_BIT: Final = 1 << (STACK_SIGNAL - 1)
+_LONGEST: Final = 1 << 20  # bytes of one dump, a hundred threads; a longer file is emptied
+_TGKILL: Final = {"x86_64": 234, "aarch64": 131}.get(os.uname().machine, 234)
+_SIGNALS: Final = f"signals {STACKS_SIGNAL} and {STACK_SIGNAL}"
+_STOPPED: Final = "it is stopped"
+
+_syscall = dlsym(dlopen(None, 0), "syscall")  # type: ignore[arg-type]
 
 
 class Dumps:
@@ -54,7 +64,6 @@ class Dumps:
     def ask(self, ask: Ask, alive: Iterable[Child]) -> None:
         """Begin to answer: `alive` are the ranks that have not been reaped."""
         children = {child.rank: child for child in alive}
-        fresh = []
         for rank in ask.ranks:
             child = children.get(rank)
             if child is None:
@@ -64,17 +73,16 @@ class Dumps:
             elif child in self._open:
                 self._open[child].askers.append(ask.number)
             else:
-                self._open[child] = dump = Dump(child, ask.number)
-                fresh.append(dump)
-        for step in (Dump.prepare, Dump.send):  # so that all ranks are asked at almost one moment
-            for dump in fresh:
-                _try(step, dump)
+                self._open[child] = Dump(child, ask.number)
         self.look()
 
     def look(self) -> None:
         """Answer what can be answered now."""
         for child, dump in list(self._open.items()):
-            _try(Dump.look, dump)
+            try:
+                dump.look()
+            except OSError as error:  # no descriptors, no memory: no reason for us to end
+                dump.reason = f"the launcher cannot look: {error}"
             if dump.reason is not None or dump.stack is not None:
                 self._answer(child)
 
@@ -90,58 +98,99 @@ class Dumps:
 
     def _answer(self, child: Child) -> None:
         dump = self._open.pop(child)
-        if dump.stack is None:
-            child.blocking = dump.blocking
         line = child.tail.last_line()
         for number in dump.askers:
             self._say(Told(number, child.rank, dump.stack, dump.reason, line))
 
 
-def _try(step: Callable[[Dump], object], dump: Dump) -> None:
-    try:
-        step(dump)
-    except OSError as error:  # no descriptors, no memory: no reason for the launcher to end
-        dump.reason = f"the launcher cannot look: {error}"
-
-
 class Dump:
-    """One rank's, from the signal to its outcome: `stack`, or the `reason` why there is none."""
+    """One rank's, from the first signal to its outcome: `stack`, or the `reason` why not."""
 
-    __slots__ = ("_child", "_start", "_until", "askers", "blocking", "reason", "stack")
+    __slots__ = ("_child", "_on_cpu", "_sent", "_start", "_step", "_until", "askers",
+                 "reason", "stack")  # fmt: skip
 
     def __init__(self, child: Child, asker: int) -> None:
         self.askers = [asker]
         self.stack: str | None = None
         self.reason: str | None = None
-        self.blocking: set[str] | None = None  # threads that block the signal by themselves
         self._child = child
-        self._start = 0
-        self._until = clock() + PATIENCE
+        self._step = 0  # the signals that were sent: none, the first, both
+        self._start = 0  # where in the file what is asked for begins
+        self._sent = clock()
+        self._until = self._sent + PATIENCE
+        self._on_cpu = 0
 
-    def prepare(self) -> None:
-        child = self._child
-        self._start = max(os.fstat(child.crash).st_size, child.dumped)
-        self.blocking = _blocking(child.pid)
-        if child.blocking is not None:
-            # The last dump may still be under way: who did not block it then is in the handler.
-            self.blocking &= child.blocking
-            child.blocking = None
-
-    def send(self) -> None:
-        """Send the signal, unless there is a `reason` not to."""
-        pid = self._child.pid
-        masks = _masks(pid)
+    def look(self) -> None:
+        """Take the next step, if it is time, or find out whether this is the end."""
+        now = clock()
+        masks = _masks(self._child.pid)
         if masks is None or masks.state in "ZX":
             self.reason = "it has ended"
         elif masks.state in "Tt":
             self.reason = _STOPPED
-        elif not masks.caught:  # it would not be heard; before it is armed, it would kill
-            self.reason = f"it does not listen to signal {STACK_SIGNAL} (yet, or not any more)"
+        elif not self._step:
+            self._begin(masks)
+        elif self._whole(masks):
+            self._read()
+        elif now >= self._until:
+            self.reason = self._why_not(masks)
+        elif self._step == 1 and now >= self._sent + PYTHON_PATIENCE and self._in_c(masks):
+            self._step = 2
+            self._start = self._size()
+            if STACK_SIGNAL in masks.caught - masks.pending:
+                self._send(STACK_SIGNAL)
+
+    def _begin(self, masks: Masks) -> None:
+        self._step = 1
+        self._start = self._size()
+        self._on_cpu = _on_cpu(self._child.pid)
+        if not masks.caught:  # neither would be heard; before they are armed, they would kill
+            self.reason = f"it does not listen to {_SIGNALS} (yet, or not any more)"
         elif not self._writes_to_us():
             self.reason = "the descriptor that its stacks go to was closed"
-        elif self.reason is None and not masks.pending:
-            # We are its parent and have not reaped it: the number is nobody else's.
-            os.kill(pid, STACK_SIGNAL)
+        elif STACKS_SIGNAL in masks.caught - masks.pending:
+            self._send(STACKS_SIGNAL)
+
+    def _send(self, number: int) -> None:
+        # To the main thread: none other is to be woken. The number is nobody else's: we are its
+        # parent, and have not reaped it.
+        pid = self._child.pid
+        call_function(_syscall, (_TGKILL, pid, pid, number))
+
+    def _in_c(self, masks: Masks) -> bool:
+        """Whether the main thread has taken the first signal and goes on in C code."""
+        if STACKS_SIGNAL in masks.pending:
+            return False
+        # One that got no CPU is perhaps between two bytecodes: it will come to the handler.
+        return masks.state in "SD" or _on_cpu(self._child.pid) >= self._on_cpu + _ON_CPU
+
+    def _whole(self, masks: Masks) -> bool:
+        size = self._size()
+        if size <= self._start:
+            return False
+        if os.pread(self._child.crash, len(DUMPED), size - len(DUMPED)) == DUMPED:
+            return True
+        if self._step == 1:
+            return False
+        masks = _masks(self._child.pid) or masks  # after the look at what was written
+        return STACK_SIGNAL not in masks.pending | masks.blocked
+
+    def _read(self) -> None:
+        child = self._child
+        end = self._size()
+        start = max(self._start, end - _LONGEST)
+        text = os.pread(child.crash, end - start, start).decode("utf-8", "replace")
+        # What came late, of an earlier question, stands before it.
+        whole = text.removesuffix(DUMPED.decode()).rpartition(DUMPED.decode())[2]
+        lines = whole.splitlines(keepends=True)
+        self.stack = "".join(line for line in lines if not line.endswith(_HANDLER))
+        child.dumped = end
+        if end > _LONGEST:
+            # The position, which is the rank's, stays where it is: before it there is a hole then.
+            os.ftruncate(child.crash, 0)
+
+    def _size(self) -> int:
+        return max(os.fstat(self._child.crash).st_size, self._child.dumped)
 
     def _writes_to_us(self) -> bool:
         """Whether its descriptor is the memfd still: what has the number now may be its data."""
@@ -154,68 +203,36 @@ class Dump:
             return True  # we may not look
         return path.startswith("/memfd:rankwise-crash")
 
-    def look(self) -> None:
-        """Find out whether it has come to an end."""
-        if self.reason is not None:
-            return
-        written = os.fstat(self._child.crash).st_size > self._start
-        masks = _masks(self._child.pid)
-        if masks is None or masks.state in "ZX":
-            self.reason = "it has ended"
-        elif written and not masks.pending and self._handled(masks):
-            self._read()
-        elif clock() >= self._until:
-            self.reason = self._why_not(masks, written)
-
-    def _handled(self, masks: Masks) -> bool:
-        """Whether the handler, which has begun, has returned: in whichever thread it was."""
-        pid, blocking = self._child.pid, self.blocking or ()
-        if masks.blocked and str(pid) not in blocking:
-            return False  # mostly: the kernel gives a signal to the main thread, if that takes it
-        return _blocking(pid).issubset(blocking)
-
-    def _read(self) -> None:
-        child = self._child
-        end = os.fstat(child.crash).st_size
-        start = max(self._start, end - _LONGEST)
-        self.stack = os.pread(child.crash, end - start, start).decode("utf-8", "replace")
-        child.dumped = end
-        if end > _LONGEST:
-            # The position, which is the rank's, stays where it is: before it there is a hole then.
-            os.ftruncate(child.crash, 0)
-
-    def _why_not(self, masks: Masks, written: bool) -> str:
+    def _why_not(self, masks: Masks) -> str:
         limit = f"{PATIENCE * 1000:.0f} ms"
-        if masks.state in "Tt":
-            return _STOPPED
-        if written:
+        if self._size() > self._start:
             why = f"it was still writing them after {limit}"
         elif masks.state == "D":
             why = "it is in the kernel, which lets it take no signal (state D)"
         elif not masks.pending:
-            why = f"it took signal {STACK_SIGNAL} and wrote nothing in {limit}"
-        elif masks.blocked:
-            why = f"it blocked signal {STACK_SIGNAL} for {limit}"
+            why = f"it took {_SIGNALS} and wrote nothing in {limit}"
+        elif masks.pending <= masks.blocked:
+            why = f"it blocked {_SIGNALS} for {limit}"
         else:
-            why = f"it did not get to take signal {STACK_SIGNAL} in {limit}"
+            why = f"it did not get to take {_SIGNALS} in {limit}"
         channel = _procfs.wchan(self._child.pid) if masks.state in "SD" else None
         return f"{why}, asleep in {channel}" if channel else why
 
 
-_STOPPED: Final = "it is stopped"
+_HANDLER: Final = " in _write_stacks\n"  # the function in `_worker` that writes them
 
 
 class Masks:
-    """What the kernel says of a process, its main thread, and STACK_SIGNAL."""
+    """What the kernel says of a process and of its main thread: its state, one letter, and which of
+    our two signals are pending, blocked, and caught by a handler."""
 
     __slots__ = ("blocked", "caught", "pending", "state")
 
     def __init__(self, text: str) -> None:
         self.state = _field(text, "State")[:1]
-        # Of the thread, of the process.
-        self.pending = bool((_mask(text, "SigPnd") | _mask(text, "ShdPnd")) & _BIT)
-        self.blocked = bool(_mask(text, "SigBlk") & _BIT)
-        self.caught = bool(_mask(text, "SigCgt") & _BIT)
+        self.pending = _signals(text, "SigPnd") | _signals(text, "ShdPnd")  # of thread, of process
+        self.blocked = _signals(text, "SigBlk")
+        self.caught = _signals(text, "SigCgt")
 
 
 def _masks(pid: int) -> Masks | None:
@@ -223,23 +240,19 @@ def _masks(pid: int) -> Masks | None:
     return Masks(text) if text else None
 
 
-def _blocking(pid: int) -> set[str]:
-    """The threads of `pid` that block the signal; a handler of it blocks it while it runs."""
-    threads: list[str] = []
-    with suppress(FileNotFoundError, ProcessLookupError):
-        threads = os.listdir(f"/proc/{pid}/task")
-    found = set()
-    for thread in threads:
-        text = _procfs.read_text(f"/proc/{pid}/task/{thread}/status")
-        if text and _mask(text, "SigBlk") & _BIT:
-            found.add(thread)
-    return found
-
-
-def _mask(text: str, key: str) -> int:
-    return int(_field(text, key) or "0", 16)
+def _signals(text: str, key: str) -> set[int]:
+    mask = int(_field(text, key) or "0", 16)
+    return {number for number in (STACKS_SIGNAL, STACK_SIGNAL) if mask >> (number - 1) & 1}
 
 
 def _field(text: str, key: str) -> str:
     # From the second line on: the first is a name that the process chose.
     return text.partition(f"\n{key}:")[2].partition("\n")[0].strip()
+
+
+def _on_cpu(pid: int) -> int:
+    """Nanoseconds that the main thread has run; a kernel that does not count them says 0, always,
+    and such a rank is asked once more only while it sleeps."""
+    with suppress(IndexError):
+        return _procfs.read_integers(f"/proc/{pid}/schedstat")[0] or 0
+    return 0

@@ -44,8 +44,10 @@ HAS_DEADLINE: Final = 2  # the body begins with the deadline: CLOCK_MONOTONIC, a
 DEADLINE: Final = Struct("<d")
 
 
-# The signal at which a rank writes its Python stacks: SIGRTMAX - 2.
-STACK_SIGNAL: Final = 62
+# The signals at which a rank writes its Python stacks (`_dump.py`): SIGRTMAX - 3, and - 2.
+STACKS_SIGNAL: Final = 61  # Python's handler: all threads, and DUMPED behind them
+STACK_SIGNAL: Final = 62  # faulthandler's: the main thread
+DUMPED: Final = b"-- all threads --\n"
 
 
 class Launch:

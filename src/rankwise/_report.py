@@ -167,7 +167,7 @@ def thread_stacks(threads: Mapping[int, int | None]) -> dict[int, Told]:
             code = frame.f_code
             lines.append(f'  File "{code.co_filename}", line {frame.f_lineno} in {code.co_name}')
             frame = frame.f_back
-        header = f"Thread 0x{ident or 0:016x} (most recent call first):"
+        header = "Stack (most recent call first):"
         stack = "\n".join((header, *lines, "")) if lines else None
         told[rank] = Told(0, rank, stack, None if lines else "its thread has ended", "")
     return told

@@ -20,7 +20,9 @@ _BEFORE_US = 4  # frames
 _LIBRARY = os.path.dirname(os.__file__) + os.sep  # the standard library, and what pip installs
 
 # A thread, and one of its frames, as faulthandler writes them (3.14: with the thread's name).
-_THREAD = re.compile(r"(?:Current t|T)hread 0x[0-9a-f]+(?: \[(.*)\])? \(most recent call first\):$")
+_THREAD = re.compile(
+    r"(?:(?:Current t|T)hread 0x[0-9a-f]+(?: \[(.*)\])?|Stack) \(most recent call first\):$"
+)
 _FRAME = re.compile(r'  File (?:"(.*)"|\?\?\?), line (\d+|\?\?\?) in (.*)$')
 
 
@@ -40,6 +42,7 @@ class Thread(NamedTuple):
     """One thread: its frames, the innermost first, and the lines that say so."""
 
     name: str | None
+    main: bool  # it ran the handler that wrote this, and handlers run in the main thread
     frames: tuple[Frame, ...]
     lines: tuple[str, ...]
 
@@ -49,8 +52,9 @@ class RankStack(NamedTuple):
 
     state: "starting", "idle", "running", "stopped" (SIGSTOP), "closing" or "dead".
     method: the call it is in, None where it is in none. seconds: for how long.
-    stack: the Python stacks of all its threads, as faulthandler writes them, the main one last;
-        None where there are none to be had: `reason` says why.
+    stack: its Python stacks as faulthandler writes them: of all threads, the main one ("Current
+        thread") last; of the main one alone where it is in C code. None where there is none to be
+        had: `reason` says why.
     native: what py-spy says, C frames included where it can, if there is no `stack` and py-spy is
         installed.
     last_line: the last that it wrote to its descriptors 1 and 2; "" if nothing.
@@ -115,37 +119,27 @@ class Stacks(tuple[RankStack, ...]):
 
 
 def parse(text: str) -> list[Thread]:
-    """The threads of the last dump in `text`, newest first: the main one is the last.
-
-    Not so where faulthandler has stopped at its hundredth thread: the main one is not shown then,
-    and the list is empty.
-    """
+    """The threads in `text`, in its order: the newest first, as faulthandler has them."""
     threads: list[Thread] = []
-    lines = text.splitlines()
-    for at, line in enumerate(lines):
+    for line in text.splitlines():
         header = _THREAD.match(line)
         if header is not None:
-            # Within a dump an empty line stands between two threads: without it, one begins.
-            if at and lines[at - 1]:
-                threads.clear()
-            threads.append(Thread(header.group(1), (), ()))
-        elif line == "..." and threads:
-            threads = [Thread(None, (), ())]
-        elif line and threads:
-            name, frames, said = threads[-1]
+            threads.append(Thread(header.group(1), not line.startswith("Thread "), (), ()))
+        elif line.startswith(" ") and threads:
+            name, main, frames, said = threads[-1]
             found = _FRAME.match(line)
             if found is not None:
                 file, number, function = found.groups()
                 frame = Frame(file or "", int(number) if number.isdigit() else 0, function)
                 frames = (*frames, frame)
-            threads[-1] = Thread(name, frames, (*said, line))
-    return [] if threads and not threads[-1].lines else threads
+            threads[-1] = Thread(name, main, frames, (*said, line))
+    return threads
 
 
 def main_frames(stack: str | None) -> tuple[Frame, ...]:
     """The frames of the main thread, the innermost first."""
     threads = parse(stack) if stack else []
-    return threads[-1].frames if threads else ()
+    return next((thread.frames for thread in reversed(threads) if thread.main), ())
 
 
 def user_frames(frames: Sequence[Frame]) -> tuple[Frame, ...]:
@@ -209,14 +203,16 @@ def _at(frames: Sequence[Frame], depth: int) -> Frame | None:
 def shown(stack: str) -> str:
     """`stack` as it is shown: the main thread first, no thread numbers, nothing of rankwise's."""
     threads = parse(stack)
+    main = next((thread for thread in reversed(threads) if thread.main), None)
+    others = [thread for thread in reversed(threads) if not thread.main]
     if not threads:
         return stack.rstrip()
     parts = []
-    for thread in reversed(threads):
+    for thread in others if main is None else [main, *others]:
         frames = user_frames(thread.frames)
         cut = len(thread.frames) - len(frames) if frames else 0
         body = thread.lines[: len(thread.lines) - cut]
-        if thread is not threads[-1]:
+        if not thread.main:
             body = (f"  another thread{f' ({thread.name})' if thread.name else ''}:", *body)
         parts.append("\n".join(body))
     return "\n".join(parts)

@@ -21,12 +21,14 @@ from rankwise._messages import (
     ACK,
     BOOT,
     DEADLINE,
+    DUMPED,
     EXIT,
     FAILED,
     HAS_DEADLINE,
     OK,
     OK_LENT,
     STACK_SIGNAL,
+    STACKS_SIGNAL,
     WANT_VALUE,
 )
 from rankwise._methods import method_name
@@ -237,10 +239,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         os.set_inheritable(fd, False)
     # Before any user code: the stacks of a crash go to the launcher, which reads them after it.
     faulthandler.enable(crash_fd, all_threads=True)
-    # So do those that are asked for (`_dump.py`). Ignored first: `faulthandler.unregister` brings
-    # back what was there before, and that must not be the default action, which kills.
-    _signal.signal(STACK_SIGNAL, _signal.SIG_IGN)
-    faulthandler.register(STACK_SIGNAL, crash_fd, all_threads=True)
+    _arm_stacks(crash_fd)
     _name_process(f"{name}:{rank}")
     _line_buffer()
     sock = socket(fileno=call_fd)
@@ -258,6 +257,27 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         channel.spin = Spin(*settings["spin"])  # type: ignore[misc]
 
     serve(channel, page.words(rank), prepare)
+
+
+def _arm_stacks(fd: int) -> None:
+    """Have the stacks that are asked for written to `fd`. `_dump.py` says which, when and why."""
+    import faulthandler
+
+    def _write_stacks(number: int, frame: object) -> None:
+        try:
+            faulthandler.dump_traceback(fd, all_threads=True)
+            if len(sys._current_frames()) > 100:  # it shows so many, and the main one last
+                faulthandler.dump_traceback(fd, all_threads=False)
+            os.write(fd, DUMPED)
+        except OSError:
+            pass  # the user's code has closed it
+
+    _signal.signal(STACKS_SIGNAL, _write_stacks)
+    _signal.siginterrupt(STACKS_SIGNAL, False)  # C code that waits need not know of EINTR
+    # Ignored first: `faulthandler.unregister` brings back what was there before, and that must not
+    # be the default action, which kills.
+    _signal.signal(STACK_SIGNAL, _signal.SIG_IGN)
+    faulthandler.register(STACK_SIGNAL, fd, all_threads=False)
 
 
 def _leave_child(sock: socket, channel: WorkerChannel, place: _context.Place) -> None:

@@ -244,8 +244,8 @@ class CallTimeout(WorkerGroupError, TimeoutError):
         (SIGSTOP), "starting", "closing" or "dead".
     seconds: how long it had been running it (0.0 where it had not begun).
     cpu: how many cores its process kept busy in the last half second (1.0: one); None: not known.
-    stacks: the Python stacks of its threads at the deadline, as faulthandler writes them, the main
-        one last; None where there are none. Always None where it was only patience that ran out.
+    stacks: its Python stacks at the deadline, as faulthandler writes them (see RankStack); None
+        where there are none. Always None where it was only patience that ran out.
     reasons: why there is no stack, where one was asked for.
     last_lines: the last line that it wrote to its descriptors 1 and 2; "" if none is known.
     """

@@ -149,7 +149,7 @@ def test_a_deadline_that_passed(engine):
 
 def test_a_deadline_is_told_with_what_was_found_out_when_it_passed(engine):
     expired = Expired((1,))
-    stack = 'Thread 0x1 (most recent call first):\n  File "/a/shard.py", line 88 in all_reduce\n'
+    stack = 'Stack (most recent call first):\n  File "/a/shard.py", line 88 in all_reduce\n'
     expired.reports = {
         1: RankReport(
             1, 4127, "running", process="S", running=9, seconds=29.84, method="load",

@@ -68,48 +68,42 @@ def test_what_faulthandler_writes_is_read():
     threads = parse(text)
     assert len(threads) >= 2
     assert any(frame.function == "wait_here" for frame in threads[0].frames), "the newest first"
+    assert [each.main for each in threads] == [False] * (len(threads) - 1) + [True]
     here = main_frames(text)[0]
     assert here.file == __file__
     assert here.function == "test_what_faulthandler_writes_is_read"
     assert here.line > 0
 
 
-def test_the_main_thread_is_the_last():
+def test_the_main_thread_is_the_one_that_has_written():
     text = thread(LOAD, head="Thread 0x1 [loader]") + "\n" + stack(ALL_REDUCE)
-    assert [each.name for each in parse(text)] == ["loader", None]
+    assert [(each.name, each.main) for each in parse(text)] == [("loader", False), (None, True)]
     assert place(text) == "shard.py:88 all_reduce"
+    assert place(thread(ALL_REDUCE, head="Stack")) == "shard.py:88 all_reduce", "in C code"
 
 
-def test_of_two_dumps_in_a_row_the_last_counts():
-    late = thread(LOAD, head="Thread 0x1") + "\n" + stack(BACKWARD)
-    text = late + stack(ALL_REDUCE)
-    assert [str(frame) for each in parse(text) for frame in each.frames[:1]] == [
-        "shard.py:88 all_reduce"
-    ]
-    cut = late[late.index("line 41") :]  # the last asker did not wait for its beginning
-    assert place(cut + stack(ALL_REDUCE)) == "shard.py:88 all_reduce"
-
-
-def test_a_main_thread_behind_a_hundred_others_is_not_known():
+def test_a_main_thread_behind_a_hundred_others_is_asked_by_itself():
     """faulthandler stops there, and the main thread would be the last."""
-    text = "\n".join([*[thread(LOAD)] * 100, "...\n"])
-    assert parse(text) == []
-    assert place(text) == ""
-    assert shown(text) == text.rstrip()
-    assert place(text + stack(ALL_REDUCE)) == "shard.py:88 all_reduce", "a later dump is whole"
+    others = "\n".join([*[thread(LOAD)] * 100, "...\n"])
+    assert place(others) == ""
+    text = others + thread(ALL_REDUCE, *BELOW, head="Stack")
+    assert place(text) == "shard.py:88 all_reduce"
+    assert shown(text).startswith(
+        '  File "/u/shard.py", line 88 in all_reduce\n  another thread:\n'
+    )
 
 
 @pytest.mark.parametrize(
     "line", ["  <no Python frame>", "  ...", "  Garbage-collecting", "  <tstate is freed>"]
 )
 def test_what_is_no_frame_is_shown_and_not_counted(line):
-    text = thread(LOAD) + line + "\n"
+    text = stack(LOAD).split("\n", 2)[0] + "\n" + thread(LOAD).split("\n", 1)[1] + line + "\n"
     assert [str(frame) for frame in main_frames(text)] == ["shard.py:41 load"]
     assert shown(text).splitlines()[-1] == line
 
 
 def test_a_file_and_a_line_that_are_not_known():
-    text = "Thread 0x1 (most recent call first):\n  File ???, line ??? in <lambda>\n"
+    text = "Stack (most recent call first):\n  File ???, line ??? in <lambda>\n"
     assert str(main_frames(text)[0]) == "???:0 <lambda>"
 
 
@@ -139,7 +133,7 @@ def test_a_thread_of_the_driver_has_the_same_place_as_a_process():
     starts = [
         (threading.__file__, n, name) for n, name in enumerate(("run", "_boot", "_bootstrap"))
     ]
-    text = thread(LOAD, *BELOW[:2], *starts)
+    text = thread(LOAD, *BELOW[:2], *starts, head="Stack")
     assert [str(frame) for frame in user_frames(main_frames(text))] == ["shard.py:41 load"]
 
 
