@@ -136,7 +136,6 @@ class Dump:
             self.reason = self._why_not(masks)
         elif self._step == 1 and now >= self._sent + PYTHON_PATIENCE and self._in_c(masks):
             self._step = 2
-            self._start = self._size()
             if STACK_SIGNAL in masks.caught - masks.pending:
                 self._send(STACK_SIGNAL)
 
@@ -159,7 +158,7 @@ class Dump:
 
     def _in_c(self, masks: Masks) -> bool:
         """Whether the main thread has taken the first signal and goes on in C code."""
-        if STACKS_SIGNAL in masks.pending:
+        if STACKS_SIGNAL in masks.pending or self._size() > self._start:
             return False
         # One that got no CPU is perhaps between two bytecodes: it will come to the handler.
         return masks.state in "SD" or _on_cpu(self._child.pid) >= self._on_cpu + _ON_CPU
@@ -168,7 +167,8 @@ class Dump:
         size = self._size()
         if size <= self._start:
             return False
-        if os.pread(self._child.crash, len(DUMPED), size - len(DUMPED)) == DUMPED:
+        end = max(self._start, size - len(DUMPED))
+        if os.pread(self._child.crash, len(DUMPED), end) == DUMPED:
             return True
         if self._step == 1:
             return False
@@ -183,7 +183,10 @@ class Dump:
         # What came late, of an earlier question, stands before it.
         whole = text.removesuffix(DUMPED.decode()).rpartition(DUMPED.decode())[2]
         lines = whole.splitlines(keepends=True)
-        self.stack = "".join(line for line in lines if not line.endswith(_HANDLER))
+        if any(line.startswith(_MAIN) for line in lines):
+            self.stack = "".join(line for line in lines if not line.endswith(_HANDLER))
+        else:
+            self._start = end  # the rest of one that an earlier question was not waiting for
         child.dumped = end
         if end > _LONGEST:
             # The position, which is the rank's, stays where it is: before it there is a hole then.
@@ -219,6 +222,7 @@ class Dump:
         return f"{why}, asleep in {channel}" if channel else why
 
 
+_MAIN: Final = ("Current thread 0x", "Stack (most recent")  # how faulthandler heads the main thread
 _HANDLER: Final = " in _write_stacks\n"  # the function in `_worker` that writes them
 
 
