@@ -181,14 +181,15 @@ class Ledger:
                 self._failure(call, now)
                 if call.error is not None:
                     self.reports.append((call, rank, body))  # its deadline has passed
-                if call.reply_from is not None and not call.return_exceptions:
+                elif call.reply_from is not None and not call.return_exceptions:
                     self._finish(call)
-            elif rank == call.reply_from:
+            elif rank == call.reply_from and call.error is None:
                 self._finish(call)
         if len(answers) == len(call.ranks):
-            if not call.done:
+            if not call.done and call.error is None:
                 self._finish(call)
-            self._end(call)
+            if call.done:  # else it is overdue: it ends when it is settled
+                self._end(call)
         inflight.pop(call_id, None)
 
     def _late_reply(self, call: Call, rank: int, kind: int, body: bytes, now: float) -> None:
@@ -211,7 +212,7 @@ class Ledger:
     def _failure(self, call: Call, now: float) -> None:
         if len(call.ranks) == 1 or call.break_at is not None:
             return
-        if not call.return_exceptions:
+        if not call.return_exceptions and call.error is None:
             self._timer(now + FAILURE_PAUSE, SETTLE, call.id)
         if call.on_error == "fail":
             self._timer(now + call.grace, BREAK, call.id)
@@ -326,7 +327,7 @@ class Ledger:
             if failed is not None:
                 self.break_group(Stuck(call, *failed, tuple(call.missing())))
         elif call.done:
-            if call.dropped:
+            if call.dropped or not call.missing():
                 self._end(call)
         elif what == SLOW:
             self.slow.append(call)
@@ -343,12 +344,13 @@ class Ledger:
                 self._settle(call)
 
     def explained(self, call: Call) -> None:
-        """What is to be known of the overdue `call` is known."""
-        self.mend()
+        """What is to be known of the overdue `call` is known: settle it."""
         self._due(call, SETTLE, 0.0)
 
     def _settle(self, call: Call) -> None:
-        (self._drop_on if call.dropped else self._finish)(call)
+        self._finish(call)
+        if call.dropped or not call.missing():
+            self._end(call)
 
     def next_timer(self) -> float | None:
         """The earliest moment at which `expire` has something to do, or None."""

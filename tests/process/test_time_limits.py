@@ -178,6 +178,15 @@ def test_an_answer_that_comes_while_the_deadline_is_explained_is_too_late(group)
     assert group[1].call(Worker.pid) == group.pids[1]
 
 
+def test_a_rank_that_the_question_wakes_is_told_of_as_it_was_before(group):
+    """C code that sleeps returns early from a signal: the answer may come before the stack."""
+    with pytest.raises(CallTimeout) as caught:
+        group[1].options(timeout=0.3).call(Worker.sleep_in_c, 30)
+    assert caught.value.states == {1: "running"}
+    assert "in sleep_in_c" in caught.value.stacks[1]
+    assert group[1].call(Worker.pid) == group.pids[1]
+
+
 def test_nobody_else_waits_while_a_deadline_is_explained(group):
     """The stack of a rank that blocks the signal is waited for by nobody's thread and no loop."""
     blocked = group[1].submit(Worker.block, 2.0)
