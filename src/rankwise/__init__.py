@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rankwise._rankinfo import RankInfo
     from rankwise._restart import Restart
     from rankwise._spec import per_rank
+    from rankwise._stacks import RankStack, Stacks
     from rankwise.errors import (
         CallTimeout,
         GroupBroken,
@@ -41,9 +42,11 @@ _HOMES = {
     "GroupFuture": "_future",
     "RankHealth": "_health",
     "RankInfo": "_rankinfo",
+    "RankStack": "_stacks",
     "RemoteError": "errors",
     "Restart": "_restart",
     "SerializationError": "errors",
+    "Stacks": "_stacks",
     "StartupError": "errors",
     "StartupTimeout": "errors",
     "WorkerDied": "errors",
@@ -62,9 +65,11 @@ __all__ = [
     "GroupFuture",
     "RankHealth",
     "RankInfo",
+    "RankStack",
     "RemoteError",
     "Restart",
     "SerializationError",
+    "Stacks",
     "StartupError",
     "StartupTimeout",
     "WorkerDied",

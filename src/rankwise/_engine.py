@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rankwise._future import GroupFuture
     from rankwise._rankinfo import RankInfo
     from rankwise._ranks import Ranks
+    from rankwise._report import RankReport
     from rankwise._spec import GroupSpec
     from rankwise._spin import Spin
     from rankwise.backends.launching import Held
@@ -89,6 +90,10 @@ if TYPE_CHECKING:
 
         def owed(self) -> dict[int, Call]:
             """For each rank that owes an answer, the oldest call that it owes."""
+            ...
+
+        def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
+            """What each of `ranks` is doing, with its stacks; `patience`: seconds at most."""
             ...
 
         def abandon(self) -> bool:

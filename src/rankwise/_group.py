@@ -14,7 +14,7 @@ from rankwise import _lifetime
 from rankwise._answers import broken
 from rankwise._calls import Closed
 from rankwise._deadline import check_timeout, deadline
-from rankwise._health import RankHealth, health_of
+from rankwise._health import RankHealth, health_of, stacks_of
 from rankwise._options import DEFAULTS
 from rankwise._seat import Seat
 from rankwise._shared_array import make_shared_array
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rankwise._rankinfo import RankInfo
     from rankwise._restart import Restart
     from rankwise._spec import per_rank
+    from rankwise._stacks import Stacks
     from rankwise._start import GroupStart
 
     Env = Mapping[str, str] | Sequence[Mapping[str, str]] | Callable[[RankInfo], Mapping[str, str]]
@@ -203,6 +204,15 @@ class WorkerGroup(ManyView):
     def health(self) -> list[RankHealth]:
         """What each rank is doing now, in rank order. Never blocks, never calls a worker."""
         return health_of(self._own_engine())
+
+    def stacks(self) -> Stacks:
+        """The Python stacks of all ranks now, in rank order; `str()` says where they differ.
+
+        Also while they are in calls, in C code, or hold the interpreter's lock there. A rank that
+        is stopped, or does not let itself be asked, has `stack` None after 100 ms, and a `reason`.
+        Nothing is sent to a worker but for this: C code in `sleep` or `poll` may return early.
+        """
+        return stacks_of(self._own_engine())
 
     @property
     def healthy(self) -> bool:

@@ -5,8 +5,9 @@
 
 It sleeps in `Pump.outer`: the launcher's channel and pidfd, its own eventfd, and the reply sockets
 (nested, armed only when a call is open that nobody waits for). While calls are open it also looks
-around, about twice a second: for calls and answers that were lost (`_lookout.py`), and for
-acknowledgements that nobody has fetched. An idle group's keeper does not wake at all.
+around, about twice a second: for calls and answers that were lost (`_lookout.py`), for
+acknowledgements that nobody has fetched, and for calls that take long. An idle group's keeper does
+not wake at all.
 
 An engine that is abandoned (its group was collected) is ended by a thread that the keeper starts: a
 finalizer may run inside any lock and can do no more than say so.
@@ -133,12 +134,14 @@ class Keeper:
         pump = self._pump
         served = pump.served  # before the calls: what was fed by then is not owed any more
         with pump.lock:
+            owing = list(pump.ledger.owed())
             channels = pump.sockets.channels
             owed = [
                 (rank, call)
-                for rank, call in pump.ledger.owed()
+                for rank, call in owing
                 if channels[rank].has_sent(call) and not channels[rank].eof
             ]
+        self._engine.reports.tick(clock(), owing)
         sights = [self._sight(rank, call) for rank, call in owed]
         lost = self._lookout.look(served, sights, pump.served)
         for reason in lost:

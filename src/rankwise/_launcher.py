@@ -1,8 +1,8 @@
 """The launcher: one small process a group, the parent of every rank.
 
-    driver ==Launch, Signal, Shown, Finish==> ControlChannel > Launcher > fork, kill
-           <==Preloaded, Spawned, SpawnFailed, Exited, Output, Gone==   < Reaper < SIGCHLD
-                                                                        < LogPipes < 1 and 2
+    driver ==Launch, Signal, Ask, Shown, Finish==> ControlChannel > Launcher > fork, kill
+           <==Preloaded, Spawned, SpawnFailed, Exited, Gone==      < Reaper < SIGCHLD
+           <==Output, Told==                                       < LogPipes < 1 and 2, Dumps
     driver's pidfd readable, or end of file ---------------------> everything is killed, at once
 
 It sleeps in one poll and has one thread, so it can fork, and "the parent's thread has ended"
@@ -26,8 +26,10 @@ from contextlib import suppress
 
 from rankwise import _preload, _procfs, _spawn
 from rankwise._deadline import clock
+from rankwise._dump import Dumps
 from rankwise._log_pipes import LogPipes
 from rankwise._messages import (
+    Ask,
     Dying,
     Exited,
     Finish,
@@ -94,6 +96,7 @@ class Launcher:
         self._stay = False  # when the ranks are gone, for others
         self._reaper = Reaper(self._last_words, self._ended)
         self._pipes = LogPipes(self._output)
+        self._dumps = Dumps(self._say)
         self._starting: dict[int, Child] = {}  # by the descriptor that tells of exec
         self._children: list[Child] = []
         self._finishing = False
@@ -130,7 +133,7 @@ class Launcher:
         """Start ranks, and serve until they are gone. False: so shall we."""
         self._finishing = False
         while not self._finishing:
-            self._turn(None)
+            self._turn(self._dumps.timeout())
             self._read_logs()
         return self._finish()
 
@@ -147,6 +150,7 @@ class Launcher:
             self._started(fd)
         if events.get(self._control.fileno(), 0) & ~select.POLLOUT:
             self._hear()
+        self._dumps.look()
         self._flush()
 
     def _read_logs(self) -> None:
@@ -176,6 +180,8 @@ class Launcher:
                 self._launch(message, messages)
             elif isinstance(message, Signal):
                 self._reaper.signal(message.ranks, message.number)
+            elif isinstance(message, Ask):
+                self._dumps.ask(message, self._reaper.alive.values())
             elif isinstance(message, Shown):
                 self._pipes.acknowledged(message.nbytes)
             elif isinstance(message, Finish):
@@ -281,6 +287,7 @@ class Launcher:
 
     def _ended(self, child: Child, report: Exited) -> None:
         self._say(report)
+        self._dumps.ended(child)
         os.close(child.crash)
         child.crash = -1
 

@@ -2,8 +2,9 @@
 
     driver   ==frame==>  worker      Boot once, then Call ...; Exit closes the channel in order
     worker   ==frame==>  driver      Ready or Failed once, then one Ok or Failed for each Call
-    driver   ==message=> launcher    Launch, then Signal, Shown, Finish
-    launcher ==message=> driver    Preloaded, Spawned, SpawnFailed, Exited, Output, Dying, then Gone
+    driver   ==message=> launcher    Launch, then Signal, Ask, Shown, Finish
+    launcher ==message=> driver    Preloaded, Spawned, SpawnFailed, Exited, Output, Told, Dying,
+                                   Gone last
 
 A frame is a header of 24 bytes and a body (`wire.channel`). A message is one of the slotted classes
 below, pickled (`wire.control`). Nobody changes one after it is made.
@@ -42,6 +43,12 @@ ANSWERS: Final = frozenset((OK, FAILED, ACK))
 WANT_VALUE: Final = 1
 HAS_DEADLINE: Final = 2  # the body begins with the deadline: CLOCK_MONOTONIC, a double
 DEADLINE: Final = Struct("<d")
+
+
+# The signals at which a rank writes its Python stacks (`_dump.py`): SIGRTMAX - 3, and - 2.
+STACKS_SIGNAL: Final = 61  # Python's handler: all threads, and DUMPED behind them
+STACK_SIGNAL: Final = 62  # faulthandler's: the main thread
+DUMPED: Final = b"-- all threads --\n"
 
 
 class Launch:
@@ -93,6 +100,18 @@ class Signal:
     def __init__(self, ranks: tuple[int, ...], number: int) -> None:
         self.ranks = ranks
         self.number = number
+
+
+class Ask:
+    """Tell of each of `ranks` its last line, and with `stacks` its Python stacks: a Told each."""
+
+    __slots__ = ("number", "ranks", "stacks")
+    __match_args__ = ("number", "ranks", "stacks")
+
+    def __init__(self, number: int, ranks: tuple[int, ...], stacks: bool) -> None:
+        self.number = number  # which question this is: the answers repeat it
+        self.ranks = ranks
+        self.stacks = stacks
 
 
 class Shown:
@@ -186,6 +205,21 @@ class Output:
     def __init__(self, stream: int, data: bytes) -> None:
         self.stream = stream
         self.data = data
+
+
+class Told:
+    """The answer to question `number` for one rank."""
+
+    __slots__ = ("last_line", "number", "rank", "reason", "stack")
+
+    def __init__(
+        self, number: int, rank: int, stack: str | None, reason: str | None, last_line: str
+    ) -> None:
+        self.number = number
+        self.rank = rank
+        self.stack = stack  # as faulthandler wrote it, all threads
+        self.reason = reason  # why there is none, or not all of it
+        self.last_line = last_line  # that it wrote to 1 or 2; "" if none
 
 
 class Dying:

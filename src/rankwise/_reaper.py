@@ -214,7 +214,9 @@ def _kill(pid: int) -> None:
 def _crash_report(child: Child) -> str | None:
     """What faulthandler wrote for a rank that crashed."""
     try:
-        text = os.pread(child.crash, _CRASH_REPORT, 0)
+        text = os.pread(child.crash, _CRASH_REPORT, child.dumped)
     except OSError:
         return None
-    return text.decode("utf-8", "replace") or None
+    # Before it there may be stacks that were asked for, and came too late or not in whole.
+    _, begin, rest = text.partition(b"Fatal Python error")
+    return (begin + rest).decode("utf-8", "replace") or None

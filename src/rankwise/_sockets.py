@@ -28,7 +28,8 @@ from rankwise._messages import (
     OK_LENT,
     WANT_VALUE,
 )
-from rankwise.wire.channel import SEQUENCE_MASK, BadFrame, DriverChannel
+from rankwise.wire.channel import DriverChannel
+from rankwise.wire.frames import SEQUENCE_MASK, BadFrame
 from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False

@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
-from rankwise._answers import explain, take
+from rankwise._answers import explain, flush_timeout, take
 from rankwise._calls import Call
 from rankwise._checks import one_a_rank, wrong_type
 from rankwise._deadline import check_timeout
 from rankwise._future import GroupFuture
 from rankwise._methods import resolve_method
 from rankwise._options import KEEP, Options, check_reply_from, pick
-from rankwise.errors import CallTimeout
 from rankwise.wire.codec import encode_call
 
 TYPE_CHECKING = False
@@ -91,6 +90,8 @@ class View:
             return_exceptions=options.return_exceptions,
             on_error=options.on_error or ("fail" if len(ranks) > 1 else "continue"),
             grace=options.grace,
+            timeout=options.timeout,
+            slow=None if options.slow_after is None else options.slow(),
         )
 
     def _run(self, engine: Engine, call: Call) -> Any:
@@ -142,6 +143,7 @@ class View:
         body = encode_call(sent, args, kwargs, engine.arena, self._ranks)
         options = self._options
         until = engine.deadline(options.timeout)
+        slow = options.slow()
         calls = tuple(
             Call(
                 name,
@@ -152,6 +154,8 @@ class View:
                 return_exceptions=options.return_exceptions,
                 on_error=options.on_error or "continue",
                 grace=options.grace,
+                timeout=options.timeout,
+                slow=slow,
             )
             for rank in self._ranks
         )
@@ -173,16 +177,7 @@ class View:
         call = Call("flush", b"", ())
         engine.barrier(call)
         if not engine.wait(call, until):
-            owed = engine.owed()
-            lines = [
-                f"\n  rank {rank}: owes {c.method}() (call {c.id})" for rank, c in owed.items()
-            ]
-            raise CallTimeout(
-                f"flush({timeout:g}) of {engine.name} has waited its {timeout:g} s, and the calls "
-                f"go on; waiting for {len(owed)} of {engine.world_size} ranks{''.join(lines)}",
-                method="flush",
-                missing=tuple(owed),
-            )
+            raise flush_timeout(engine, timeout or 0.0)
 
     def collective_rpc(
         self,
@@ -214,6 +209,7 @@ class View:
         return_exceptions: bool = KEEP,
         on_error: Literal["fail", "continue"] = KEEP,
         grace: float = KEEP,
+        slow_after: float | None = KEEP,
     ) -> Any:
         """A view of the same ranks whose calls have these options; what is not given stays.
 
@@ -222,9 +218,11 @@ class View:
         return_exceptions: exceptions come as values, in place; waits for every rank.
         on_error: "fail": after one rank's failure the others have `grace` seconds (default 30),
             then the group breaks; "continue": they are left. By default "fail" for several ranks.
+        slow_after: seconds after which an open call is logged, once, with its ranks' stacks; `inf`:
+            never. None: after a minute, or twice the method's longest time yet, without stacks.
         """
         made = self._options.changed(
-            self._ranks, timeout, reply_from, return_exceptions, on_error, grace
+            self._ranks, timeout, reply_from, return_exceptions, on_error, grace, slow_after
         )
         bare = self._bare
         if made.reply_from is not None:
@@ -299,6 +297,7 @@ class OneView(View):
             return_exceptions: bool = ...,
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
+            slow_after: float | None = ...,
         ) -> OneView: ...
         @overload  # with reply_from=None it may be a view of several ranks again
         def options(
@@ -308,6 +307,7 @@ class OneView(View):
             return_exceptions: bool = ...,
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
+            slow_after: float | None = ...,
         ) -> Any: ...
         def options(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -387,6 +387,7 @@ class ManyView(View):
             return_exceptions: bool = ...,
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
+            slow_after: float | None = ...,
         ) -> OneView: ...
         @overload
         def options(
@@ -396,6 +397,7 @@ class ManyView(View):
             return_exceptions: bool = ...,
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
+            slow_after: float | None = ...,
         ) -> ManyView: ...
         @overload
         def options(
@@ -405,6 +407,7 @@ class ManyView(View):
             return_exceptions: bool = ...,
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
+            slow_after: float | None = ...,
         ) -> Any: ...
         def options(self, *args: Any, **kwargs: Any) -> Any: ...
 

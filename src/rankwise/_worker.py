@@ -23,12 +23,15 @@ from rankwise._messages import (
     BOOT,
     CALL,
     DEADLINE,
+    DUMPED,
     EXIT,
     FAILED,
     FAILED_LENT,
     HAS_DEADLINE,
     OK,
     OK_LENT,
+    STACK_SIGNAL,
+    STACKS_SIGNAL,
     WANT_VALUE,
 )
 from rankwise._methods import method_name
@@ -40,15 +43,17 @@ from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SIN
 from rankwise._status import EXIT as EXITING
 from rankwise.wire import codec
 from rankwise.wire.arena import open_arena
-from rankwise.wire.channel import BadFrame, TooLarge, WorkerChannel
 from rankwise.wire.codec import encode_result
+from rankwise.wire.frames import BadFrame
 from rankwise.wire.lending import LENT, Lent
+from rankwise.wire.worker_channel import TooLarge, WorkerChannel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
     from _socket import socket
     from collections.abc import Callable
-    from typing import Protocol
+    from typing import Any, Protocol
 
     from rankwise.wire.arena import Arena
 
@@ -61,6 +66,8 @@ if TYPE_CHECKING:
         def arena(self) -> Arena | None: ...
         def receive(self) -> tuple[int, int, int, Body] | None: ...
         def reply(self, kind: int, call_id: int, body: bytes) -> None: ...
+else:
+    import _signal  # `signal` makes an enum of every number, which takes 4 ms
 
 
 # -- the loop ---------------------------------------------------------------------------------
@@ -83,8 +90,8 @@ def serve(
     worker, place = made
     arena = channel.arena
     receive = channel.receive
-    reply = channel.reply
     now = time.monotonic_ns
+    method: Any  # a name, or a callable that travelled by value
     while True:
         # The whole of a call stands here, and not in functions of its own: every function, global
         # and object that it touches is a cache line or two that ranks which share a core fetch
@@ -92,7 +99,7 @@ def serve(
         try:
             frame = receive()
         except TooLarge as error:
-            reply(FAILED, error.call_id, encode_failure(Failed(error)))
+            channel.reply(FAILED, error.call_id, encode_failure(Failed(error)))
             continue
         if frame is None or frame[0] != CALL:
             break
@@ -143,7 +150,7 @@ def serve(
         if type(answer) is Lent:
             kind = OK_LENT if kind == OK else FAILED_LENT
             answer.hold.pending.clear()  # from here on it is the driver's to let go
-        reply(kind, call_id, answer)
+        channel.reply(kind, call_id, answer)
         del answer
         words[DONE] = call_id
         words[RUNNING] = 0
@@ -253,6 +260,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         os.set_inheritable(fd, False)
     # Before any user code: the stacks of a crash go to the launcher, which reads them after it.
     faulthandler.enable(crash_fd, all_threads=True)
+    _arm_stacks(crash_fd)
     _name_process(f"{name}:{rank}")
     _line_buffer()
     sock = socket(-1, -1, -1, call_fd)
@@ -280,6 +288,27 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         serve(seen, page.words(rank), prepare, before)
     except BadFrame as error:
         sys.exit(f"rankwise: rank {rank} cannot go on: the driver has sent {error}")
+
+
+def _arm_stacks(fd: int) -> None:
+    """Have the stacks that are asked for written to `fd`. `_dump.py` says which, when and why."""
+    import faulthandler
+
+    def _write_stacks(number: int, frame: object) -> None:
+        try:
+            faulthandler.dump_traceback(fd, all_threads=True)
+            if len(sys._current_frames()) > 100:  # it shows so many, and the main one last
+                faulthandler.dump_traceback(fd, all_threads=False)
+            os.write(fd, DUMPED)
+        except OSError:
+            pass  # the user's code has closed it
+
+    _signal.signal(STACKS_SIGNAL, _write_stacks)
+    _signal.siginterrupt(STACKS_SIGNAL, False)  # C code that waits need not know of EINTR
+    # Ignored first: `faulthandler.unregister` brings back what was there before, and that must not
+    # be the default action, which kills.
+    _signal.signal(STACK_SIGNAL, _signal.SIG_IGN)
+    faulthandler.register(STACK_SIGNAL, fd, all_threads=False)
 
 
 def _leave_child(sock: socket, channel: WorkerChannel, place: _context.Place) -> None:

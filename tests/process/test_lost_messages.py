@@ -25,7 +25,7 @@ class Worker:
 
     def lose(self, count):
         """Have the answers to this call and to the next ones, `count` in all, go nowhere."""
-        from rankwise.wire.channel import WorkerChannel
+        from rankwise.wire.worker_channel import WorkerChannel
 
         real = WorkerChannel.reply
 

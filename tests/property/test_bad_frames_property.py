@@ -41,9 +41,10 @@ from rankwise._spin import Spin
 from rankwise._status import DONE, RUNNING, WORDS
 from rankwise.wire import codec
 from rankwise.wire.arena import REGION, make_room, open_arena
-from rankwise.wire.channel import HEADER_SIZE, BadFrame, WorkerChannel
 from rankwise.wire.control import ControlChannel
+from rankwise.wire.frames import HEADER_SIZE, BadFrame
 from rankwise.wire.lending import HEAD, SLOTS, SPAN
+from rankwise.wire.worker_channel import WorkerChannel
 
 quick = settings(
     deadline=None,

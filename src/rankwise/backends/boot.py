@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from rankwise._spec import GroupSpec
     from rankwise.wire.arena import Arena
 
+ASK_PATIENCE = 0.3  # seconds for the stacks of ranks that are not ready; the limit has passed
+
 
 class Target:
     """`(target, args, kwargs)` of `ranks`, pickled. Raises SerializationError.
@@ -97,15 +99,15 @@ def startup_error(
     """What the constructor raises for the settled (or overdue) boot `call`; None: all are ready."""
     name = engine.name
     if timed_out or isinstance(call.error, Expired):
-        phases = {rank: engine.ranks.phase(rank) for rank in call.missing()}
-        where = "".join(
-            f"\n  rank {rank}: pid {engine.ranks.pid(rank)}, {phase}"
-            for rank, phase in phases.items()
-        )
+        reports = engine.inquire(tuple(call.missing()), ASK_PATIENCE)
+        phases = {rank: report.phase for rank, report in reports.items()}
+        where = "".join(f"\n  {report.line(call)}" for report in reports.values())
         return StartupTimeout(
             f"{name}: {len(phases)} of {engine.world_size} ranks were not ready after "
             f"{waited:g} s (start_timeout):{where}",
             phases=phases,
+            stacks={rank: report.stack for rank, report in reports.items()},
+            last_lines={rank: report.last_line for rank, report in reports.items()},
             rank=next(iter(phases), None),
             phase=next(iter(phases.values()), "spawn"),
         )

@@ -9,20 +9,24 @@ no pump: a waiter sleeps at its gate, and one timer thread runs the deadlines ou
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+from collections import deque
+from functools import partial
 from queue import SimpleQueue
 
 from rankwise import _context, _lifetime, _planned
-from rankwise._answers import broken
+from rankwise._answers import broken, slow_text
 from rankwise._background import Bell
 from rankwise._callbacks import Callbacks
-from rankwise._calls import Call, Closed, Error
+from rankwise._calls import Call, Closed, Error, Expired
 from rankwise._deadline import clock, deadline, left
 from rankwise._environment import rank_infos
 from rankwise._ledger import Ledger
 from rankwise._messages import DEADLINE, EXIT, HAS_DEADLINE, WANT_VALUE
 from rankwise._ranks import Ranks
+from rankwise._report import look, thread_stacks
 from rankwise._spin import Spin
 from rankwise._status import StatusPage
 from rankwise._worker import serve
@@ -30,15 +34,18 @@ from rankwise._worker import serve
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterable
     from typing import Any
 
     from rankwise._future import GroupFuture
+    from rankwise._report import RankReport
     from rankwise._spec import GroupSpec
     from rankwise._worker import Channel
     from rankwise.wire.arena import Arena
 
     Frame = tuple[int, int, int, bytes]
+
+logger = logging.getLogger("rankwise")
 
 PATIENCE = 5.0  # seconds that an end waits for a callback of the user's
 NOTICE = 0.2  # seconds that an idle rank's thread has, even at a kill, to see that it is over
@@ -75,6 +82,7 @@ class InlineEngine:
         self._status = StatusPage(spec.world_size)
         self.ranks = Ranks(spec.world_size, self._status, threads=True)
         self._ledger = Ledger(spec.world_size)
+        self._ledger.explains = True
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)  # a timer, or the end
         self._callbacks = Callbacks(spec.name)
@@ -147,9 +155,7 @@ class InlineEngine:
 
     def _run_timers(self) -> None:
         while True:
-            with self._lock:
-                self._ledger.expire(self._now())
-            self._tell()
+            self.tick()
             with self._lock:
                 if self._closed:
                     return
@@ -160,13 +166,35 @@ class InlineEngine:
         return clock() if self._manual is None else self._manual.time()
 
     def tick(self) -> None:
-        """A test has let time pass."""
+        """Time has passed: what is due is done."""
         with self._lock:
             self._ledger.expire(self._now())
+            overdue, self._ledger.overdue = self._ledger.overdue, deque()
+            slow, self._ledger.slow = self._ledger.slow, deque()
+        self._explain(overdue, slow)
         self._tell()
 
     def deadline(self, timeout: float | None) -> float | None:
         return None if timeout is None else self._now() + max(0.0, timeout)
+
+    def _explain(self, overdue: Iterable[Call], slow: Iterable[Call]) -> None:
+        for call in overdue:
+            error = call.error
+            if isinstance(error, Expired):
+                error.reports = self.inquire(error.missing, 0.0)
+            with self._lock:
+                self._ledger.explained(call)
+        for call in slow:
+            if call.slow and not call.done:
+                text = slow_text(call, self, call.slow[1], self.inquire(tuple(call.missing()), 0.0))
+                self.defer(partial(logger.warning, "%s", text))
+
+    def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
+        reports = look(self, ranks)
+        threads = {rank: self._threads[rank].ident for rank in ranks}
+        for rank, told in thread_stacks(threads).items():
+            reports[rank].hear(told)
+        return reports
 
     # -- calls --------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The driver's end of a group's launcher: what it says, what it is told, and how it ends.
 
-    launcher ==Spawned, Output, Exited, Gone=> hear > pids, printer, Pump.deaths, news
-    send > keeper's flush ==Signal, Finish, Shown=> launcher
+    launcher ==Spawned, Output, Told, Exited, Gone=> hear > pids, printer, Pump.deaths, news
+    send > keeper's flush ==Signal, Ask, Finish, Shown=> launcher
     Finish ==> SIGKILL to what is left, Gone ==> the launcher exits by itself, or is killed here,
                                                  or stays, warm, for the ranks of a restart
 
@@ -30,6 +30,7 @@ from rankwise._messages import (
     Shown,
     Spawned,
     SpawnFailed,
+    Told,
 )
 from rankwise.errors import describe_exit
 from rankwise.logs.show import Printer
@@ -86,6 +87,8 @@ class LauncherLink:
                     ranks.starttimes[rank] = starttime
                 case Output(stream, data):
                     self.printer.put(stream, data)
+                case Told():
+                    engine.reports.heard(message)
                 case Exited():
                     ranks.reports[message.rank] = message
                     engine.pump.sockets.deaths[message.rank] = message

@@ -31,6 +31,7 @@ from rankwise._status import PHASES, READY, SPAWN
 from rankwise.backends.ending import Ending
 from rankwise.backends.launching import start_launcher
 from rankwise.backends.link import PATIENCE, LauncherLink
+from rankwise.backends.reports import Reports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from rankwise._future import GroupFuture
+    from rankwise._report import RankReport
     from rankwise._spec import GroupSpec
     from rankwise.backends.launching import Held
 
@@ -69,6 +71,8 @@ class LocalEngine:
         self.callbacks = Callbacks(spec.name)
         if spec.on_failure is not None:
             self.callbacks.ensure()
+        self.reports = Reports(self)
+        self.pump.ledger.explains = True
         self.link = LauncherLink(self, started)
         stack.callback(self.link.printer.close)
         self.keeper = Keeper(self, spec.name)
@@ -141,6 +145,10 @@ class LocalEngine:
         with self.pump.lock:
             return dict(self.pump.ledger.owed())
 
+    def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
+        self.pump.check_entry()
+        return self.reports.inquire(ranks, patience)
+
     def unfetched(self, future: GroupFuture[Any]) -> None:
         _lifetime.log_unfetched(future)
 
@@ -161,6 +169,9 @@ class LocalEngine:
         for report in reports:
             self.defer(partial(_lifetime.log_failure, *report))
         due = self.ending.step(now)
+        asked = self.reports.step(now)
+        if asked is not None:
+            due = min(asked, NEVER if due is None else due)
         if self._looking:
             self._looking = self.starting  # once more when it has started: what came since
             self._log_phases(now)

@@ -147,7 +147,7 @@ def _load(blob: bytes) -> object:
 def arm(
     text: str, rank: int, channel: Channel, sleep: Callable[[float], None] = time.sleep
 ) -> tuple[FaultyChannel, Callable[[], object]]:
-    """The channel of `rank`, and what is called before its methods, with its faults, as `text` has them.
+    """The channel of `rank`, and what is called before its methods, with the faults in `text`.
 
     Called in the rank's own main thread, before it has read anything.
     """
