@@ -117,7 +117,8 @@ def serve(
                 method, args, kwargs = arena.load(body)
             else:
                 method, args, kwargs = plain_loads(body)
-            if type(method) is str:
+            named = type(method) is str
+            if named:
                 place.method = method
                 place.owner = worker
             else:
@@ -126,7 +127,7 @@ def serve(
             place.call_id = call_id
             if before is not None:
                 before()
-            if type(method) is str:
+            if named:
                 value = getattr(worker, method)(*args, **kwargs)
             else:
                 value = method(worker, *args, **kwargs)
