@@ -70,9 +70,10 @@ def main() -> None:
     for fd in anew:
         channel.unread(os.pread(fd, os.fstat(fd).st_size, 0))
         os.close(fd)
+    for fd in (control_fd, driver, grants):
+        if fd >= 0:
+            os.set_inheritable(fd, False)
     launcher = Launcher(channel, driver, grants)
-    for fd in launcher.own:
-        os.set_inheritable(fd, False)
     try:
         launcher.run()
     except BecomeWorker as worker:
@@ -91,7 +92,7 @@ class Launcher:
         self._control = control
         self._driver = driver
         self._grants = grants
-        self.own = [control.fileno(), driver, *([grants] if grants >= 0 else [])]
+        self._ours = [driver] if grants < 0 else [driver, grants]
         self._shared: _preload.Shared | None = None  # what was imported to be forked
         self._stay = False  # when the ranks are gone, for others
         self._reaper = Reaper(self._last_words, self._ended)
@@ -259,7 +260,7 @@ class Launcher:
         self._wake.close()
         for child in self._children:
             child.close()
-        for fd in (self._driver, self._grants, *launch.worker_fds[rank + 1 :]):
+        for fd in (*self._ours, *launch.worker_fds[rank + 1 :]):
             os.close(fd)
         _preload.become(launch.name, rank, launch.environments[rank])
 
