@@ -8,7 +8,7 @@ nobody waited, every error says why, and nothing is left.
                           > troublemaker: kills, stops, ends, restarts, at random moments
             > close > every future settled > every error allowed, with a rank and a cause
                     > each rank's diary: no call twice, each caller's calls in its order
-            > nothing left: processes, threads, descriptors, mappings (`leaks.py`)
+            > nothing left: processes, threads, descriptors, mappings (`rankwise.testing`)
 
 The seed fixes what is done and in which order it is drawn; the machine decides how it meets.
 """
@@ -26,15 +26,11 @@ import os
 import random
 import re
 import signal
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import leaks
 
 from rankwise import (
     CallTimeout,
@@ -47,6 +43,7 @@ from rankwise import (
     WorkerGroup,
     worker_info,
 )
+from rankwise.testing import _leaks as leaks
 
 SETTLED = 10.0  # seconds after the end of a group, in which every future must have its outcome
 SIZES = (0, 10, 1000, 70_000, 300_000, 4_000_000)  # bytes: in the frame, in the arena, mapped

@@ -164,5 +164,9 @@ def arm(
 def _hold_gil(seconds: float) -> None:
     import ctypes
 
-    # By PyDLL, which keeps the lock where CDLL gives it up.
-    ctypes.PyDLL(None).poll(None, 0, int(seconds * 1000))
+    # By PyDLL, which keeps the lock where CDLL gives it up. Again, because a signal (somebody has
+    # asked for stacks) ends it early.
+    poll = ctypes.PyDLL(None).poll
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        poll(None, 0, int(left * 1000) + 1)
