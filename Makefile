@@ -10,8 +10,9 @@ INSTALL := @PYTHON="$(PYTHON)" sh scripts/install
 comma := ,
 TEST := test$(if $(filter 0,$(TORCH)),,$(comma)test-torch)
 N ?= 50
+SECONDS ?= 600
 
-.PHONY: help demo test check bench bench-peers soak clean
+.PHONY: help demo test check bench bench-peers soak repeat clean
 .NOTPARALLEL:
 
 help:
@@ -20,7 +21,8 @@ help:
 	@echo "make check   lint, types, import rules, unit and contract tests: what to run before a commit"
 	@echo "make bench   what a call costs, beside the floor and the alternatives; plots in docs/benchmarks"
 	@echo "make bench-peers   install the alternatives that are not in the standard library"
-	@echo "make soak    the process and fault tests N=$(N) times, until one fails"
+	@echo "make soak    random calls against random faults for SECONDS=$(SECONDS)"
+	@echo "make repeat  the process and fault tests N=$(N) times, until one fails"
 	@echo "make clean   remove .venv and all caches"
 
 demo:
@@ -49,10 +51,14 @@ bench-peers:
 
 soak:
 	$(INSTALL) $(TEST)
+	@$(BIN)/python tests/faults/chaos.py --seconds $(SECONDS) $(ARGS)
+
+repeat:
+	$(INSTALL) $(TEST)
 	@green=0; while [ $$green -lt $(N) ]; do \
 		$(BIN)/python -m pytest -q -x $(wildcard tests/process tests/faults) $(ARGS) || \
-			{ echo "soak: $$green of $(N) rounds were green, the next was not"; exit 1; }; \
-		green=$$((green + 1)); echo "soak: $$green of $(N) rounds green"; \
+			{ echo "repeat: $$green of $(N) rounds were green, the next was not"; exit 1; }; \
+		green=$$((green + 1)); echo "repeat: $$green of $(N) rounds green"; \
 	done
 
 clean:

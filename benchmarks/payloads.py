@@ -3,13 +3,15 @@
     to N ranks      call(array), and every rank reads one byte of each page
     back            a result of that size, and the caller reads one byte of each page
     shared          a `shared_array` of 1 GB, passed to all ranks
-    sweep           bytes a second that one rank is passed, from 1 KB up
+    5,000 arrays    of 1.6 KB in one call to one rank, with no more than 256 descriptors allowed
+    sweep           bytes a second that one rank is passed, from 1 KB to 1 GB, beside `memcpy`
 
 "cold" is the very first call: fresh memory is dear, used memory is used again.
 """
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -65,26 +67,53 @@ def measure(ranks: int, rounds: int, size: int = 256 * MB) -> dict[str, list[flo
     return found
 
 
-def sweep(rounds: int, most: int = 1 << 28) -> dict[int, float]:
-    """Size -> bytes a second, to one rank that only takes it: the median of `rounds`."""
-    found = {}
+def many(rounds: int, count: int = 5000) -> list[float]:
+    """Seconds of a call with `count` arrays of 200 integers, one number a round."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        arrays = [np.full(200, number) for number in range(count)]
+        with WorkerGroup(Reader, 1, args=(1,)) as group:
+            took = [repeated(1, group.call, Reader.nothing, arrays) for _ in range(rounds + WARM)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return took[WARM:]
+
+
+def sweep(rounds: int, most: int = 1 << 30) -> tuple[dict[int, float], dict[int, float]]:
+    """Size -> bytes a second, to one rank that only takes it, and of a `memcpy` of that size at the
+    same time: the medians of `rounds`."""
+    found, copied = {}, {}
     with WorkerGroup(Reader, 1, args=(1,)) as group:
         size = 1 << 10
         while size <= most:
             array = np.ones(size, np.uint8)
+            target = np.ones_like(array)
             times = max(1, min(200, (32 * MB) // size))
-            samples = []
+            calls, copies = [], []
             for _ in range(rounds + WARM):
-                began = time.perf_counter()
-                for _ in range(times):
-                    group.call(Reader.nothing, array)
-                samples.append((time.perf_counter() - began) / times)
-            found[size] = size / statistics.median(samples[WARM:])
+                calls.append(repeated(times, group.call, Reader.nothing, array))
+                copies.append(repeated(times, np.copyto, target, array))
+            found[size] = size / statistics.median(calls[WARM:])
+            copied[size] = size / statistics.median(copies[WARM:])
             size *= 2
-    return found
+    return found, copied
 
 
-def table(found: dict[str, list[float]], swept: dict[int, float], ranks: int) -> str:
+def repeated(times: int, function: Callable[..., object], *args: object) -> float:
+    """Seconds of one call of `function`, of `times` in a row."""
+    began = time.perf_counter()
+    for _ in range(times):
+        function(*args)
+    return (time.perf_counter() - began) / times
+
+
+def table(
+    found: dict[str, list[float]],
+    few: list[float],
+    swept: tuple[dict[int, float], dict[int, float]],
+    ranks: int,
+) -> str:
     lines = [f"{'ms, 256 MB, ' + str(ranks) + ' ranks':<24}{'median (least-most)':>24}{'x':>7}"]
     for name, values in found.items():
         ms = sorted(value * 1e3 for value in values)
@@ -97,9 +126,13 @@ def table(found: dict[str, list[float]], swept: dict[int, float], ranks: int) ->
         else:
             lines.append(f"{name:<24}{spread:>24}")
     lines.append("x: times one memcpy, median of the ratios within each round")
+    ms = sorted(value * 1e3 for value in few)
+    spread = f"{statistics.median(ms):.1f} ({ms[0]:.1f}-{ms[-1]:.1f})"
+    lines.append(f"{'5,000 arrays of 1.6 KB':<24}{spread:>24}")
     lines.append("")
-    lines.append("size to one rank        MB/s")
-    for size, rate in swept.items():
+    lines.append("size to one rank        MB/s    memcpy")
+    rates, copies = swept
+    for size, rate in rates.items():
         shown = f"{size >> 10} KB" if size < MB else f"{size >> 20} MB"
-        lines.append(f"{shown:<18}{rate / 1e6:>10.0f}")
+        lines.append(f"{shown:<18}{rate / 1e6:>10.0f}{copies[size] / 1e6:>10.0f}")
     return "\n".join(lines)

@@ -32,15 +32,41 @@ def plot_calls(results: dict[int, dict[str, list[float]]], machine: str, folder:
     _save(figure, folder / "calls")
 
 
-def plot_sweep(swept: dict[int, float], machine: str, folder: Path) -> None:
+def plot_sweep(
+    swept: dict[int, float], copied: dict[int, float], machine: str, folder: Path
+) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    axes.plot(list(swept), [rate / 1e9 for rate in swept.values()], color=COLORS[1], marker="o")
+    rates = [rate / 1e9 for rate in swept.values()]
+    axes.plot(list(swept), rates, color=COLORS[1], marker="o", label="call")
+    copies = [rate / 1e9 for rate in copied.values()]
+    axes.plot(list(copied), copies, color=COLORS[0], marker="s", linestyle="--", label="memcpy")
+    axes.legend(fontsize=8)
     axes.set(
         xscale="log", yscale="log", xlabel="bytes in one array", ylabel="GB a second to one rank",
         title=f"Throughput of arguments\n{machine}",
     )  # fmt: skip
     axes.grid(True, alpha=0.3)
     _save(figure, folder / "throughput")
+
+
+def plot_startup(rows: dict[str, dict[str, list[float]]], machine: str, folder: Path) -> None:
+    """A bar a row with its least and greatest, and a mark for what stands beside it."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    for place, found in enumerate(reversed(rows.values())):
+        ms = sorted(value * 1e3 for value in found["took"])
+        middle = statistics.median(ms)
+        axes.barh(place, middle, color=COLORS[2], height=0.6)
+        axes.plot([ms[0], ms[-1]], [place, place], color=COLORS[0], linewidth=1)
+        if "beside" in found:
+            beside = statistics.median(found["beside"]) * 1e3
+            axes.plot([beside], [place], color=COLORS[4], marker="D", linestyle="none")
+    axes.set(
+        xscale="log", xlabel="ms (median; line: least to most; diamond: bare interpreters)",
+        title=f"Starting\n{machine}",
+    )  # fmt: skip
+    axes.set_yticks(range(len(rows)), list(reversed(rows)))
+    axes.grid(True, axis="x", alpha=0.3)
+    _save(figure, folder / "startup")
 
 
 def _save(figure: plt.Figure, path: Path) -> None:

@@ -1,6 +1,6 @@
 """The benchmark: rankwise beside the machine's floor and the alternatives, in one run.
 
-    python benchmarks/run.py [--only calls payloads rates] [--ranks 1 2 4 8] [--rounds 5]
+    python benchmarks/run.py [--only calls payloads rates startup] [--ranks 1 2 4 8] [--rounds 5]
                              [--seconds 0.25] [--out docs/benchmarks]
 
 Prints tables; with --out it writes them as JSON, and plots, to that folder.
@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import calls
 import payloads
 import rates
+import startup
 
-PARTS = ("calls", "payloads", "rates")
+PARTS = ("calls", "payloads", "rates", "startup")
 
 
 def machine() -> dict[str, object]:
@@ -52,7 +53,8 @@ def main() -> None:
     print(described, flush=True)
     found: dict[str, object] = {"machine": about}
     called: dict[int, dict[str, list[float]]] = {}
-    swept: dict[int, float] = {}
+    started: startup.Rows = {}
+    swept: tuple[dict[int, float], dict[int, float]] = ({}, {})
     if "calls" in options.only:
         for ranks in options.ranks:
             called[ranks] = calls.measure(ranks, options.rounds, options.seconds)
@@ -61,21 +63,27 @@ def main() -> None:
         print("x: times the floor, median of the ratios within each round\n", flush=True)
     if "payloads" in options.only:
         large = payloads.measure(4, options.rounds)
+        few = payloads.many(options.rounds)
         swept = payloads.sweep(options.rounds)
-        found |= {"payloads": large, "throughput": swept}
-        print(payloads.table(large, swept, 4), end="\n\n", flush=True)
+        found |= {"payloads": large, "5,000 arrays": few}
+        found |= {"throughput": swept[0], "memcpy": swept[1]}
+        print(payloads.table(large, few, swept, 4), end="\n\n", flush=True)
     if "rates" in options.only:
         found["rates"] = measured = rates.measure()
-        print(rates.table(measured))
+        print(rates.table(measured), end="\n\n", flush=True)
+    if "startup" in options.only:
+        found["startup"] = started = startup.measure(options.rounds)
+        print(startup.table(started))
     if options.out:
-        write(options.out, found, called, swept, described)
+        write(options.out, found, called, swept, started, described)
 
 
 def write(
     folder: Path,
     found: dict[str, object],
     called: dict[int, dict[str, list[float]]],
-    swept: dict[int, float],
+    swept: tuple[dict[int, float], dict[int, float]],
+    started: startup.Rows,
     described: str,
 ) -> None:
     import plot
@@ -84,8 +92,10 @@ def write(
     (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     if called:
         plot.plot_calls(called, described, folder)
-    if swept:
-        plot.plot_sweep(swept, described, folder)
+    if swept[0]:
+        plot.plot_sweep(*swept, described, folder)
+    if started:
+        plot.plot_startup(started, described, folder)
 
 
 if __name__ == "__main__":  # the workers of some peers import this file

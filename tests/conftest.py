@@ -1,4 +1,5 @@
-"""What holds for every test: it leaves nothing behind (leaks.py), and it ends (outer_limit.py)."""
+"""What holds for every test: it leaves nothing behind (rankwise.testing), and it ends
+(outer_limit.py)."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ import os
 import signal
 from collections.abc import Generator
 
-import leaks
 import pytest
 from outer_limit import DEFAULT, OuterLimit
+
+from rankwise.testing import _leaks as leaks
 
 OUTER = pytest.StashKey[OuterLimit]()
 # What tests marked `leaks_allowed` have left. Ended when all tests are done.
@@ -80,7 +82,7 @@ def _seconds(seconds: float) -> float:
 def _leaves_nothing(request: pytest.FixtureRequest) -> Generator[None]:
     """Torn down last, after every fixture of the test: what they release is not left."""
     marker = request.node.get_closest_marker("leaks_allowed")
-    before = leaks.take(request.config.stash[OUTER].family)
+    before = leaks.take(request.config.stash[OUTER].family, surroundings=True)
     yield
     if marker is not None:
         _reason(*marker.args, **marker.kwargs)

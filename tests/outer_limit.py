@@ -24,16 +24,19 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-if __name__ == "__main__":  # isolated: the tests' folder is not on the path
-    sys.path.insert(0, str(Path(__file__).parent))
+if __name__ == "__main__":  # isolated: this very rankwise is not on the path
+    sys.path.insert(0, sys.argv[2])
 
-from leaks import Family, Process, end
+import rankwise
+from rankwise.testing._processes import Family, Process, end
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import pytest
 
 DEFAULT = 60.0
+
+ROOT = str(Path(rankwise.__file__).parent.parent)
 
 # Not SIGUSR1: a test may want that one for itself. rankwise asks its workers by SIGRTMAX - 2.
 STACKS = signal.SIGRTMIN + 7
@@ -53,7 +56,7 @@ class OuterLimit:
         # A session of its own: ^C is for pytest. It forks and is then nobody's child: a test may
         # well count pytest's children.
         with subprocess.Popen(
-            [sys.executable, "-I", __file__, str(os.getpid())],
+            [sys.executable, "-I", __file__, str(os.getpid()), ROOT],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from rankwise._group import WorkerGroup
     from rankwise._health import RankHealth
     from rankwise._rankinfo import RankInfo
+    from rankwise._restart import Restart
     from rankwise._spec import per_rank
+    from rankwise._stacks import RankStack, Stacks
     from rankwise.errors import (
         CallTimeout,
         GroupBroken,
@@ -40,8 +42,11 @@ _HOMES = {
     "GroupFuture": "_future",
     "RankHealth": "_health",
     "RankInfo": "_rankinfo",
+    "RankStack": "_stacks",
     "RemoteError": "errors",
+    "Restart": "_restart",
     "SerializationError": "errors",
+    "Stacks": "_stacks",
     "StartupError": "errors",
     "StartupTimeout": "errors",
     "WorkerDied": "errors",
@@ -60,8 +65,11 @@ __all__ = [
     "GroupFuture",
     "RankHealth",
     "RankInfo",
+    "RankStack",
     "RemoteError",
+    "Restart",
     "SerializationError",
+    "Stacks",
     "StartupError",
     "StartupTimeout",
     "WorkerDied",

@@ -11,6 +11,8 @@ from rankwise._calls import Broken, Call, Cancelled, Closed, Error, Expired, Gar
 from rankwise._interrupts import is_interrupt
 from rankwise._messages import FAILED, OK
 from rankwise._outcome import failed_at, failure
+from rankwise._report import look
+from rankwise._stacks import ranks_text
 from rankwise.errors import (
     CallTimeout,
     GroupBroken,
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from rankwise._engine import Engine
+    from rankwise._report import RankReport
 
 
 def take(call: Call, engine: Engine) -> Any:
@@ -94,9 +97,9 @@ def explain(
 ) -> WorkerGroupError:
     """A new exception for `error`, as `call` sees it (None: a call that was refused)."""
     match error:
-        case Expired(missing=missing):
+        case Expired(missing=missing, reports=reports):
             assert call is not None
-            return timeout_error(call, engine, "its deadline passed", missing)
+            return timeout_error(call, engine, None, missing, reports)
         case Closed(exiting=exiting):
             if call is not None:
                 why = "the interpreter is exiting" if exiting else "the group was closed"
@@ -104,7 +107,8 @@ def explain(
             elif exiting:
                 text = f"{engine.name} takes no more calls: the interpreter is exiting"
             else:
-                text = f"{engine.name} is closed and takes no more calls: make a new group"
+                outlook = engine.outlook or "is closed and takes no more calls: make a new group"
+                text = f"{engine.name} {outlook}"
             return GroupClosed(text)
         case Cancelled():
             return WorkerGroupError(f"{engine.name}: the call was cancelled")
@@ -126,8 +130,8 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
             first = failure(body, rank, engine.ranks.pid(rank), call.method)
             text = (
                 f"{engine.name}: rank {rank} (pid {engine.ranks.pid(rank)}) failed in "
-                f"{call.method}() ({type(first).__name__}: {first}), and {_ranks(missing)} had not "
-                f"returned from it {call.grace:g} s later (option grace)"
+                f"{call.method}() ({type(first).__name__}: {first}), and {ranks_text(missing)} had "
+                f"not returned from it {call.grace:g} s later (option grace)"
             )
         case Garbled(rank=at, reason=reason):
             where = "" if at < 0 else f"rank {at} (pid {engine.ranks.pid(at)}): "
@@ -135,9 +139,8 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
             first = WorkerGroupError(text)
         case _:
             raise AssertionError(f"no words for {cause!r}")
-    return GroupBroken(
-        f"{text}. {engine.name} is broken and takes no more calls: make a new group", first=first
-    )
+    outlook = engine.outlook or "is broken and takes no more calls: make a new group"
+    return GroupBroken(f"{text}. {engine.name} {outlook}", first=first)
 
 
 def died(lost: Lost, engine: Engine) -> WorkerDied:
@@ -179,32 +182,72 @@ def describe_death(lost: Lost, engine: Engine, where: str) -> str:
 
 
 def timeout_error(
-    call: Call, engine: Engine, why: str, missing: tuple[int, ...] | None = None
+    call: Call,
+    engine: Engine,
+    why: str | None,
+    missing: tuple[int, ...] | None = None,
+    reports: Mapping[int, RankReport] | None = None,
 ) -> CallTimeout:
-    """The CallTimeout of `call`: who has answered, and what each of the others is doing."""
+    """The CallTimeout of `call`: who has answered, and what each of the others is doing.
+
+    why: what ran out, if not the call's deadline. reports: of those in `missing`; looked at now,
+    without stacks, where it was not done at the deadline.
+    """
     owing = tuple(call.missing()) if missing is None else missing
+    found = look(engine, owing) if reports is None else reports
     answered = tuple(rank for rank in call.ranks if rank not in owing)
-    states: dict[int, str] = {}
-    seconds: dict[int, float] = {}
-    lines = []
-    for rank in owing:
-        states[rank], seconds[rank] = engine.ranks.state(rank, call.id)
-        lines.append(f"\n  rank {rank}: pid {engine.ranks.pid(rank)}, {states[rank]}")
-        if states[rank] == "running":
-            lines.append(f" {call.method}() for {seconds[rank]:.1f} s")
-    waiting = "" if not owing else f"; waiting for {_ranks(owing)}"
+    after = f" after {seconds_text(call.timeout or 0.0)}" if why is None else f": {why}"
     return CallTimeout(
-        f"{call.method}() of {engine.name} has {len(answered)} of {len(call.ranks)} answers: "
-        f"{why}{waiting}{''.join(lines)}",
+        f"{call.method}() has {progress(call, answered)}{after}"
+        f"{waiting_text(call, engine, owing, found)}",
         method=call.method,
         answered=answered,
         missing=owing,
-        states=states,
-        seconds=seconds,
+        states={rank: found[rank].state_in(call) for rank in owing},
+        seconds={rank: found[rank].seconds_in(call) for rank in owing},
+        cpu={rank: found[rank].cpu for rank in owing},
+        stacks={rank: found[rank].stack for rank in owing},
+        reasons={rank: reason for rank in owing if (reason := found[rank].reason) is not None},
+        last_lines={rank: found[rank].last_line for rank in owing},
     )
 
 
-def _ranks(ranks: tuple[int, ...]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    return f"ranks {', '.join(map(str, ranks[:16]))}{', ...' if len(ranks) > 16 else ''}"
+def flush_timeout(engine: Engine, timeout: float) -> CallTimeout:
+    """What `flush(timeout)` raises."""
+    owed = engine.owed()
+    lines = [f"\n  rank {rank}: owes {c.method}() (call {c.id})" for rank, c in owed.items()]
+    return CallTimeout(
+        f"flush({timeout:g}) of {engine.name} has waited its {timeout:g} s, and the calls go on; "
+        f"waiting for {len(owed)} of {engine.world_size} ranks{''.join(lines)}",
+        method="flush",
+        missing=tuple(owed),
+    )
+
+
+def slow_text(call: Call, engine: Engine, limit: float, reports: Mapping[int, RankReport]) -> str:
+    """What is logged of a call that takes longer than `limit` seconds."""
+    owing = tuple(reports)
+    answered = tuple(rank for rank in call.ranks if rank not in owing)
+    return (
+        f"{call.method}() takes longer than {seconds_text(limit)}: it has "
+        f"{progress(call, answered)}{waiting_text(call, engine, owing, reports)}"
+    )
+
+
+def progress(call: Call, answered: tuple[int, ...]) -> str:
+    return f"{len(answered)} of {len(call.ranks)} answers"
+
+
+def waiting_text(
+    call: Call, engine: Engine, owing: tuple[int, ...], reports: Mapping[int, RankReport]
+) -> str:
+    """`; waiting for ranks 1, 2 of NAME`, and a line for each of them."""
+    if not owing:
+        return ""
+    lines = "".join(f"\n  {reports[rank].line(call)}" for rank in owing)
+    return f"; waiting for {ranks_text(owing)} of {engine.name}{lines}"
+
+
+def seconds_text(seconds: float) -> str:
+    """`30.0 s`, `0.05 s`, `600 s`."""
+    return f"{seconds:.1f} s" if 1.0 <= seconds < 100.0 else f"{seconds:g} s"

@@ -51,7 +51,7 @@ class Callbacks:
                 logger.exception("a callback of %s failed", self._name)
             job = None  # the thread, while it waits, keeps no future alive
 
-    def close(self, timeout: float = 5.0) -> None:
+    def close(self, timeout: float) -> None:
         """Run what was put, and end the thread; `timeout` bounds the wait for a user's callback."""
         with self._lock:
             self._closed = True

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rankwise._messages import Exited
+    from rankwise._report import RankReport
 
 
 class Call:
@@ -18,7 +19,7 @@ class Call:
         "answers", "begun", "bodies", "body", "break_at", "deadline", "done", "dropped", "ended",
         "error", "future", "grace", "id", "kind", "late_failure",
         "led", "method", "on_error", "ranks",
-        "reply_from", "return_exceptions", "shape", "watchers",
+        "reply_from", "return_exceptions", "shape", "slow", "timeout", "watchers",
     )  # fmt: skip
 
     def __init__(
@@ -35,6 +36,8 @@ class Call:
         return_exceptions: bool = False,
         on_error: str = "continue",
         grace: float = 30.0,
+        timeout: float | None = None,
+        slow: tuple[float, float] | tuple[()] | None = None,
     ) -> None:
         self.id = 0
         self.kind = kind
@@ -48,6 +51,10 @@ class Call:
         self.return_exceptions = return_exceptions
         self.on_error = on_error
         self.grace = grace
+        self.timeout = timeout  # seconds from its submission to `deadline`
+        # When it is to be logged as slow, and after how many seconds that is; (): never. None: the
+        # group's own limit.
+        self.slow = slow
         self.answers: dict[int, tuple[int, bytes]] = {}  # rank -> kind of frame, body
         self.error: Error | None = None  # settled by this, not by the answers
         self.break_at: float | None = None  # first failure + grace
@@ -81,12 +88,16 @@ class Error:
 
 
 class Expired(Error):
-    """Its deadline passed; the ranks in `missing` had not answered."""
+    """Its deadline passed; the ranks in `missing` had not answered.
 
-    __slots__ = ("missing",)
+    reports: what each of them was doing then, by rank; None until that is known.
+    """
+
+    __slots__ = ("missing", "reports")
 
     def __init__(self, missing: tuple[int, ...]) -> None:
         self.missing = missing
+        self.reports: dict[int, RankReport] | None = None
 
 
 class Lost(Error):

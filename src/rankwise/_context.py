@@ -6,47 +6,36 @@ A worker process has one answer for all its threads. Ranks that are threads of t
 
 from __future__ import annotations
 
-import threading
+from _thread import _local  # what `threading.local` is: that module takes 1 ms
 
 from rankwise._deadline import left
 from rankwise._status import is_cancelled
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rankwise._rankinfo import RankInfo
 
 
 class CurrentCall:
     """The call that a worker is running: `id`, `method`, `remaining()`, `cancelled()`."""
 
-    __slots__ = ("_deadline", "_owner", "_words", "id", "method")
+    __slots__ = ("_deadline", "_words", "id", "method")
 
-    def __init__(
-        self,
-        id: int,
-        method: str,
-        deadline: float | None,
-        words: memoryview,
-        owner: object = None,
-    ) -> None:
+    def __init__(self, id: int, method: str, deadline: float | None, words: memoryview) -> None:
         self.id = id
         self.method = method
         self._deadline = deadline
         self._words = words
-        self._owner = owner  # the worker object, where the method was looked up on it
-
-    @property
-    def where(self) -> str:
-        """The method, with the class of the worker where it is that one's own."""
-        owner = self._owner
-        return self.method if owner is None else f"{type(owner).__name__}.{self.method}"
 
     def __repr__(self) -> str:
         return f"CurrentCall(id={self.id}, method={self.method!r})"
 
     def remaining(self) -> float | None:
         """Seconds until the caller's deadline, 0.0 once it has passed; None where it gave none."""
-        return left(self._deadline)
+        until: Callable[[float | None], float | None] = getattr(_threads, "left", left)
+        return until(self._deadline)
 
     def cancelled(self) -> bool:
         """Whether the caller has cancelled this call. It goes on all the same, unless it looks."""
@@ -54,19 +43,44 @@ class CurrentCall:
 
 
 class Place:
-    """Where some code runs: the rank's info, and the call that it is in."""
+    """Where some code runs: the rank's info, and the call that it is in.
 
-    __slots__ = ("call", "forked", "info", "rank0")
+    What there is of a call is a few stores; the object for `current_call` is made when it is asked
+    for.
+    """
 
-    def __init__(self, info: RankInfo) -> None:
+    __slots__ = (
+        "_call", "call_id", "deadline", "forked", "info", "method", "owner", "rank0", "words",
+    )  # fmt: skip
+
+    def __init__(self, info: RankInfo, words: memoryview) -> None:
         self.info = info
-        self.call: CurrentCall | None = None
+        self.words = words  # the rank's status page
+        self.call_id = 0  # 0: in none; stored after the rest
+        self.method = ""
+        self.deadline: float | None = None
+        self.owner: object = None  # the worker object, where the method was looked up on it
+        self._call: CurrentCall | None = None
         self.rank0: memoryview | None = None  # rank 0's status page; None for a thread's rank
         self.forked = False  # this is a child that the worker forked
 
+    def call(self) -> CurrentCall | None:
+        """The call that it is in; the same object as long as it is in that."""
+        call_id = self.call_id
+        if not call_id:
+            return None
+        if self._call is None or self._call.id != call_id:
+            self._call = CurrentCall(call_id, self.method, self.deadline, self.words)
+        return self._call
+
+    def where(self) -> str:
+        """The method it was in last, with the class of the worker where it is that one's own."""
+        owner = self.owner
+        return self.method if owner is None else f"{type(owner).__name__}.{self.method}"
+
 
 _process: Place | None = None
-_threads = threading.local()
+_threads = _local()
 
 
 def enter_process(place: Place) -> None:
@@ -75,9 +89,10 @@ def enter_process(place: Place) -> None:
     _process = place
 
 
-def enter_thread(place: Place) -> None:
-    """The calling thread is a worker from now on."""
+def enter_thread(place: Place, left: Callable[[float | None], float | None] = left) -> None:
+    """The calling thread is a worker from now on. left: how long it is until a deadline."""
     _threads.place = place
+    _threads.left = left
 
 
 def current_place() -> Place | None:
@@ -102,6 +117,7 @@ def worker_info() -> RankInfo:
 def current_call() -> CurrentCall:
     """The call that the worker is running. Raises RuntimeError where it runs none."""
     place = current_place()
-    if place is None or place.call is None:
+    call = None if place is None else place.call()
+    if call is None:
         raise RuntimeError("current_call() was called outside a call of a WorkerGroup")
-    return place.call
+    return call

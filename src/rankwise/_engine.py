@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from rankwise._future import GroupFuture
     from rankwise._rankinfo import RankInfo
     from rankwise._ranks import Ranks
+    from rankwise._report import RankReport
     from rankwise._spec import GroupSpec
     from rankwise._spin import Spin
+    from rankwise.backends.launching import Held
     from rankwise.wire.arena import Arena
 
     class Engine(Protocol):
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
         spin: Spin  # how long a waiter polls
         arena: Arena | None  # where large payloads lie
         starting: bool  # the boot call has not been looked at yet
+        on_break: Callable[[Error], object] | None  # told once that the group has broken, and why
+        outlook: str | None  # what a refused call is told of the group's future
+        retired: bool  # ended by `retire`: it says why it ended, not that it was closed
 
         @property
         def inert(self) -> str | None:
@@ -45,6 +50,10 @@ if TYPE_CHECKING:
 
         def submit(self, calls: tuple[Call, ...]) -> Error | None:
             """Give `calls` their place in the order. Never blocks. Returns as `run` does."""
+            ...
+
+        def deadline(self, timeout: float | None) -> float | None:
+            """The moment `timeout` seconds from now, by the clock that it goes by; None: none."""
             ...
 
         def barrier(self, call: Call) -> None:
@@ -83,12 +92,24 @@ if TYPE_CHECKING:
             """For each rank that owes an answer, the oldest call that it owes."""
             ...
 
+        def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
+            """What each of `ranks` is doing, with its stacks; `patience`: seconds at most."""
+            ...
+
         def abandon(self) -> bool:
             """The group was collected; False where it had ended."""
             ...
 
         def learn_pids(self) -> None:
             """Wait, briefly, for the launcher's word on each rank's process."""
+            ...
+
+        def report_failure(self, cause: Error) -> None:
+            """Have `on_break` called, once."""
+            ...
+
+        def tell_failure(self, cause: Error) -> None:
+            """Have the user's `on_failure` called, on the callback thread."""
             ...
 
         def break_calls(self) -> None:
@@ -109,4 +130,11 @@ if TYPE_CHECKING:
 
         def kill(self) -> None:
             """End at once."""
+            ...
+
+        def retire(self, timeout: float | None) -> Held | None:
+            """End as `close` does, to be replaced: the launcher is handed over, where it is warm.
+
+            It does not wait for the callback thread, on which the user may have asked for this.
+            """
             ...

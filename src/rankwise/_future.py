@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from rankwise._answers import take, timeout_error
 from rankwise._calls import Call, Cancelled
-from rankwise._deadline import check_timeout, deadline
+from rankwise._deadline import check_timeout
 from rankwise._interrupts import is_interrupt
 from rankwise._messages import FAILED
 
@@ -169,7 +169,7 @@ class GroupFuture(Future[T]):
         call = self._call
         if not call.done:
             limit = check_timeout(timeout)
-            if not self._engine.wait(call, deadline(limit)):
+            if not self._engine.wait(call, self._engine.deadline(limit)):
                 assert limit is not None  # without a limit it would still wait
                 waited = f"its {limit:g} s" if limit > 0 else "no longer"
                 why = f"{verb}({limit:g}) has waited {waited}, and the call goes on"

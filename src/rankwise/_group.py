@@ -14,13 +14,14 @@ from rankwise import _lifetime
 from rankwise._answers import broken
 from rankwise._calls import Closed
 from rankwise._deadline import check_timeout, deadline
-from rankwise._health import RankHealth, health_of
+from rankwise._health import RankHealth, health_of, stacks_of
 from rankwise._options import DEFAULTS
+from rankwise._seat import Seat
 from rankwise._shared_array import make_shared_array
 from rankwise._spec import GroupSpec, check_spec
 from rankwise._views import ManyView, OneView
 from rankwise.backends import launch
-from rankwise.backends.boot import startup_error
+from rankwise.backends.boot import check_ready
 from rankwise.errors import GroupBroken
 
 TYPE_CHECKING = False
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from rankwise._calls import Call
     from rankwise._engine import Engine
     from rankwise._rankinfo import RankInfo
+    from rankwise._restart import Restart
     from rankwise._spec import per_rank
+    from rankwise._stacks import Stacks
     from rankwise._start import GroupStart
 
     Env = Mapping[str, str] | Sequence[Mapping[str, str]] | Callable[[RankInfo], Mapping[str, str]]
@@ -56,13 +59,16 @@ class WorkerGroup(ManyView):
     preload: names of modules, for "forkserver".
     start_timeout: seconds until every rank is ready; None waits.
     logs: "prefix", "inherit" or "off": how the workers' output is shown.
-    on_failure: called once, on the callback thread, with the GroupBroken.
+    restart: None: the death of a rank breaks the group; a `Restart`: it starts again, as a whole.
+    on_failure: called once, on the callback thread, with the GroupBroken; with `restart` when no
+        restart is left, after a failed one on the thread that tried it.
     spin: "auto", or seconds: how long a waiter polls before it sleeps in the kernel.
     backend: "local" (processes), or "inline" (threads of the driver, for pdb and fast tests).
 
     Returns when every rank is ready. Raises TypeError or ValueError for a wrong argument and
-    SerializationError for one that cannot travel, both before any process is started; StartupError
-    where a rank fails, StartupTimeout where it takes too long. Nothing is left of a failed start.
+    SerializationError for one that cannot travel, both before any process is started; MemoryError
+    where there is no room for large ones; StartupError where a rank fails, StartupTimeout where it
+    takes too long. Nothing is left of a failed start.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class WorkerGroup(ManyView):
         preload: Sequence[str] = (),
         start_timeout: float | None = None,
         logs: str = "prefix",
+        restart: Restart | None = None,
         on_failure: Callable[[GroupBroken], object] | None = None,
         spin: float | str = "auto",
         backend: str = "local",
@@ -97,6 +104,7 @@ class WorkerGroup(ManyView):
             preload=preload,
             start_timeout=start_timeout,
             logs=logs,
+            restart=restart,
             on_failure=on_failure,
             spin=spin,
             backend=backend,
@@ -124,26 +132,21 @@ class WorkerGroup(ManyView):
 
     def _adopt(self, spec: GroupSpec, engine: Engine, boot: Call, timed_out: bool) -> Self:
         """Be the group of the started `engine`, or raise why it did not start."""
-        engine.starting = False
-        engine.learn_pids()
-        error = startup_error(boot, engine, timed_out, spec.start_timeout or 0.0)
-        if error is not None:
-            engine.kill()
-            report = None if error.rank is None else engine.ranks.reports.get(error.rank)
-            if report is not None and not error.log_tail:
-                error.log_tail = report.log_tail
-            raise error
-        self._init_view(engine, tuple(range(spec.world_size)), self, None, DEFAULTS)
+        check_ready(spec, engine, boot, timed_out)
+        seat = Seat(spec, engine)
+        self._init_view(seat, tuple(range(spec.world_size)), self, None, DEFAULTS)
         self._spec = spec
-        weakref.finalize(self, _lifetime.abandon, engine, spec.name).atexit = False
+        weakref.finalize(self, _lifetime.abandon, seat, spec.name).atexit = False
+        seat.take(engine)
         return self
 
     # -- what it is ---------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        engine = self.__dict__.get("_engine")
-        if engine is None:
+        seat = self.__dict__.get("_seat")
+        if seat is None:
             return "<WorkerGroup: not started>"  # a debugger's view of a constructor that failed
+        engine = seat.engine
         cause = engine.refusal()
         state = "open" if cause is None else "closed" if isinstance(cause, Closed) else "broken"
         if engine.inert is not None:
@@ -202,6 +205,15 @@ class WorkerGroup(ManyView):
         """What each rank is doing now, in rank order. Never blocks, never calls a worker."""
         return health_of(self._own_engine())
 
+    def stacks(self) -> Stacks:
+        """The Python stacks of all ranks now, in rank order; `str()` says where they differ.
+
+        Also while they are in calls, in C code, or hold the interpreter's lock there. A rank that
+        is stopped, or does not let itself be asked, has `stack` None after 100 ms, and a `reason`.
+        Nothing is sent to a worker but for this: C code in `sleep` or `poll` may return early.
+        """
+        return stacks_of(self._own_engine())
+
     @property
     def healthy(self) -> bool:
         """Whether calls are taken: the group is neither broken nor closed."""
@@ -213,6 +225,27 @@ class WorkerGroup(ManyView):
         cause = self._own_engine().refusal()
         return None if cause is None or isinstance(cause, Closed) else broken(cause, self._engine)
 
+    # -- starting again -----------------------------------------------------------------------
+
+    def restart(self, timeout: float | None = 10.0) -> None:
+        """Start the whole group again: fresh objects, made of the same arguments as they are now.
+
+        The old ranks end as by `close(timeout)`, or where the group is broken. Until the new ones
+        are ready, calls are refused with GroupBroken or GroupClosed. Views and one-rank handles
+        then reach the new ranks. Where a restart is under way already, it waits for that one.
+        Raises StartupError where the new ranks do not start (the group then takes no calls, and
+        restart() may be tried again), GroupClosed after close(). `^C` ends the group.
+        """
+        self._seat.restart(check_timeout(timeout))
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Return once calls are taken: at once, unless the group is being restarted.
+
+        Raises GroupBroken where no restart will come any more, GroupClosed after close(), and
+        CallTimeout where `timeout` seconds were not enough.
+        """
+        self._seat.wait_ready(check_timeout(timeout))
+
     # -- its end ------------------------------------------------------------------------------
 
     def close(self, timeout: float | None = 10.0) -> None:
@@ -222,27 +255,30 @@ class WorkerGroup(ManyView):
         Futures that are open then get GroupClosed. Nothing is left afterwards: no process, thread,
         descriptor or memory. Again it does nothing. `^C` turns the wait into a kill.
         """
-        self._engine.close(check_timeout(timeout))
+        self._close(check_timeout(timeout))
+
+    def _close(self, timeout: float | None, *, drop: bool = False) -> None:
+        self._seat.end(lambda engine: engine.close(timeout, drop=drop))
 
     async def aclose(self, timeout: float | None = 10.0) -> None:
         """`close`, without blocking the event loop."""
         from rankwise._start import in_thread
 
-        await in_thread(self._engine.close, check_timeout(timeout))
+        await in_thread(self._close, check_timeout(timeout))
 
     def kill(self) -> None:
         """End at once, by SIGKILL. Open futures get GroupClosed."""
-        self._engine.kill()
+        self._seat.end(lambda engine: engine.kill())
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As in `concurrent.futures.Executor`: `close` without a limit; `cancel_futures` drops what
         is queued; without `wait` a thread of its own does the closing."""
         if wait:
-            self._engine.close(None, drop=cancel_futures)
+            self._close(None, drop=cancel_futures)
         else:
             self._engine.refuse()
             threading.Thread(
-                target=self._engine.close,
+                target=self._close,
                 args=(None,),
                 kwargs={"drop": cancel_futures},
                 name=f"rankwise-{self.name}-shutdown",
@@ -260,9 +296,9 @@ class WorkerGroup(ManyView):
         if self._engine.inert is not None:
             return  # a forked child leaves the block: its copy is none of its business
         if kind is None:
-            self._engine.close(None)
+            self._close(None)
         else:
-            self._engine.close(10.0, drop=True)
+            self._close(10.0, drop=True)
 
     async def __aenter__(self) -> Self:
         return self
@@ -277,4 +313,4 @@ class WorkerGroup(ManyView):
 
         if self._engine.inert is None:
             limit = None if kind is None else 10.0
-            await in_thread(self._engine.close, limit, drop=kind is not None)
+            await in_thread(self._close, limit, drop=kind is not None)

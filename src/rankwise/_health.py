@@ -1,12 +1,21 @@
-"""`group.health()`: what each rank is doing, read from shared memory and /proc. Never blocks."""
+"""What each rank is doing.
+
+group.health()   read from shared memory and /proc; never blocks
+group.stacks()   asked of the launcher, which asks the ranks' own handlers; py-spy as a last resort
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from rankwise._stacks import RankStack, Stacks
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from rankwise._engine import Engine
+
+
+STACKS_PATIENCE = 1.0  # seconds for the launcher to answer; a rank has 0.1 of them
 
 
 class RankHealth(NamedTuple):
@@ -44,3 +53,33 @@ def health_of(engine: Engine) -> list[RankHealth]:
             )
         )
     return found
+
+
+def stacks_of(engine: Engine) -> Stacks:
+    """The stacks of every rank of `engine`, in rank order."""
+    reports = engine.inquire(tuple(range(engine.world_size)), STACKS_PATIENCE)
+    # What is stopped is left as it is, and what has ended cannot be looked at.
+    silent = [
+        report.pid
+        for report in reports.values()
+        if report.stack is None and report.process and report.process not in "TtZX"
+    ]
+    native = {}
+    if silent:
+        from rankwise._pyspy import native_stacks  # subprocess: 5 ms, and rarely needed
+
+        native = native_stacks(silent)
+    return Stacks(
+        RankStack(
+            report.rank,
+            report.state,
+            report.pid,
+            report.method if report.running else None,
+            report.seconds,
+            report.stack,
+            report.reason,
+            native.get(report.pid),
+            report.last_line,
+        )
+        for report in reports.values()
+    )

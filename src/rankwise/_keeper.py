@@ -5,8 +5,9 @@
 
 It sleeps in `Pump.outer`: the launcher's channel and pidfd, its own eventfd, and the reply sockets
 (nested, armed only when a call is open that nobody waits for). While calls are open it also looks
-around every quarter of a second: for answers that were lost, and for acknowledgements that nobody
-has fetched. An idle group's keeper does not wake at all.
+around, about twice a second: for calls and answers that were lost (`_lookout.py`), for
+acknowledgements that nobody has fetched, and for calls that take long. An idle group's keeper does
+not wake at all.
 
 An engine that is abandoned (its group was collected) is ended by a thread that the keeper starts: a
 finalizer may run inside any lock and can do no more than say so.
@@ -22,15 +23,19 @@ from functools import partial
 from rankwise._background import Background
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
+from rankwise._lookout import Lookout, Sight
 from rankwise._pump import NEVER, TICK
+from rankwise._status import DONE, POLLS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from rankwise._calls import Call
     from rankwise.backends.local import LocalEngine
 
 logger = logging.getLogger("rankwise")
 
-LINGER = 4  # looks without work before the keeper sleeps for good
+LINGER = 2  # looks without work before the keeper sleeps for good
+AGAIN = 0.1  # seconds between two looks, while something seems to be lost
 
 
 class Keeper:
@@ -42,9 +47,8 @@ class Keeper:
         self._engine = engine
         self._pump = engine.pump
         self._idle = 0
-        self._looked_at = 0.0
-        # rank -> the call that it owed while idle, and what the pump had served at the first look
-        self._suspects: dict[int, tuple[int, int]] = {}
+        self._next_look = 0.0
+        self._lookout = Lookout()
         self._thread = Background(self._run, f"rankwise-{name}-io")
 
     def start(self) -> None:
@@ -87,6 +91,8 @@ class Keeper:
             pump.traffic = False
             self._idle = 0 if busy else self._idle + 1
             until = now + TICK if self._idle < LINGER else NEVER
+            if self._lookout.suspects:
+                until = now + AGAIN
             timer = pump.ledger.next_timer()
             if timer is not None:
                 until = min(until, timer)
@@ -114,32 +120,48 @@ class Keeper:
         now = clock()
         with pump.lock:
             expired = pump.ledger.expire(now)
-        if now >= self._looked_at + TICK:
-            self._looked_at = now
+        if now >= self._next_look:
+            self._next_look = now + TICK
             self._look_for_lost()
+            if self._lookout.suspects:
+                self._next_look = now + AGAIN
         if expired or pump.ledger.settled:
             pump.spread()
         engine.step(now)
 
     def _look_for_lost(self) -> None:
-        """A rank that is idle while it owes an answer, at two looks in a row, will not give it."""
+        """Look at every rank that owes an answer. What it means is for `Lookout` to say."""
         pump = self._pump
-        ranks = self._engine.ranks
-        suspects: dict[int, tuple[int, int]] = {}
-        served = pump.served
+        served = pump.served  # before the calls: what was fed by then is not owed any more
         with pump.lock:
-            owed = list(pump.ledger.owed())
-        for rank, call in owed:
-            # A rank that has read its call, and got no CPU to say so, has an idle page too.
-            idle = ranks.state(rank)[0] == "idle" and ranks.asleep(rank)
-            if idle and pump.sockets.quiet(rank):
-                first = self._suspects.get(rank)
-                suspects[rank] = first if first and first[0] == call.id else (call.id, served)
-        for rank, (call_id, before) in suspects.items():
-            # What was there at the first look is fed once a leader has polled anew, and fed, since.
-            if served >= before + 2:
-                with pump.lock:
-                    pump.ledger.break_group(
-                        Garbled(rank, f"it is idle and owes the answer to call {call_id}")
-                    )
-        self._suspects = suspects
+            owing = list(pump.ledger.owed())
+            channels = pump.sockets.channels
+            owed = [
+                (rank, call)
+                for rank, call in owing
+                if channels[rank].has_sent(call) and not channels[rank].eof
+            ]
+        self._engine.reports.tick(clock(), owing)
+        sights = [self._sight(rank, call) for rank, call in owed]
+        lost = self._lookout.look(served, sights, pump.served)
+        for reason in lost:
+            with pump.lock:
+                pump.ledger.break_group(reason)
+        if lost:
+            pump.spread()
+        elif self._lookout.suspects and not pump.lead_once():
+            pump.rouse_leader()  # it feeds what it holds, and polls anew
+
+    def _sight(self, rank: int, call: Call) -> Sight:
+        """How `rank`, which owes `call`, looks now. The order of the readings is the proof."""
+        ranks = self._engine.ranks
+        sockets = self._pump.sockets
+        sleep = ranks.word(rank, POLLS)
+        unread = sockets.unread_there(rank)
+        still = sleep & 1 and sleep == ranks.word(rank, POLLS)
+        finished = ranks.word(rank, DONE) >= call.id
+        # Last: an answer that was written before the page said so is in this socket, or was.
+        return Sight(
+            rank, call.id, call.method, bool(still and not unread), finished,
+            sockets.unread_here(rank),
+        )  # fmt: skip

@@ -1,8 +1,8 @@
 """The launcher: one small process a group, the parent of every rank.
 
-    driver ==Launch, Signal, Shown, Finish==> ControlChannel > Launcher > fork, kill
-           <==Preloaded, Spawned, SpawnFailed, Exited, Output, Gone==   < Reaper < SIGCHLD
-                                                                        < LogPipes < 1 and 2
+    driver ==Launch, Signal, Ask, Shown, Finish==> ControlChannel > Launcher > fork, kill
+           <==Preloaded, Spawned, SpawnFailed, Exited, Gone==      < Reaper < SIGCHLD
+           <==Output, Told==                                       < LogPipes < 1 and 2, Dumps
     driver's pidfd readable, or end of file ---------------------> everything is killed, at once
 
 It sleeps in one poll and has one thread, so it can fork, and "the parent's thread has ended"
@@ -26,8 +26,10 @@ from contextlib import suppress
 
 from rankwise import _preload, _procfs, _spawn
 from rankwise._deadline import clock
+from rankwise._dump import Dumps
 from rankwise._log_pipes import LogPipes
 from rankwise._messages import (
+    Ask,
     Dying,
     Exited,
     Finish,
@@ -58,16 +60,20 @@ class DriverGone(Exception):
 
 
 def main() -> None:
-    """argv is ROOT NAME CONTROL_FD DRIVER_PIDFD, and LAUNCH_FD where it was started anew."""
-    control_fd, driver, *anew = map(int, sys.argv[3:])
+    """argv is ROOT NAME CONTROL_FD DRIVER_PIDFD GRANTS_FD, and LAUNCH_FD where it was started anew.
+
+    GRANTS_FD is -1 where it will not fork.
+    """
+    control_fd, driver, grants, *anew = map(int, sys.argv[3:])
     _spawn.open_standard_descriptors()
-    for fd in (control_fd, driver):
-        os.set_inheritable(fd, False)
     channel = ControlChannel(socket(AF_UNIX, SOCK_STREAM, 0, control_fd))
     for fd in anew:
         channel.unread(os.pread(fd, os.fstat(fd).st_size, 0))
         os.close(fd)
-    launcher = Launcher(channel, driver)
+    for fd in (control_fd, driver, grants):
+        if fd >= 0:
+            os.set_inheritable(fd, False)
+    launcher = Launcher(channel, driver, grants)
     try:
         launcher.run()
     except BecomeWorker as worker:
@@ -82,11 +88,16 @@ def main() -> None:
 class Launcher:
     """The loop. `run` ends in os._exit, or in BecomeWorker in a forked rank."""
 
-    def __init__(self, control: ControlChannel, driver: int) -> None:
+    def __init__(self, control: ControlChannel, driver: int, grants: int) -> None:
         self._control = control
         self._driver = driver
+        self._grants = grants
+        self._ours = [driver] if grants < 0 else [driver, grants]
+        self._shared: _preload.Shared | None = None  # what was imported to be forked
+        self._stay = False  # when the ranks are gone, for others
         self._reaper = Reaper(self._last_words, self._ended)
         self._pipes = LogPipes(self._output)
+        self._dumps = Dumps(self._say)
         self._starting: dict[int, Child] = {}  # by the descriptor that tells of exec
         self._children: list[Child] = []
         self._finishing = False
@@ -103,10 +114,8 @@ class Launcher:
         try:
             self._wake.arm()
             self._hear()  # what a launcher that has started anew was given
-            while not self._finishing:
-                self._turn(None)
-                self._read_logs()
-            self._finish()
+            while self._serve():
+                pass
         except BecomeWorker:
             raise
         except BaseException as reason:
@@ -121,6 +130,14 @@ class Launcher:
             # Not by way of atexit: what a preloaded module has registered is for the ranks.
             os._exit(error is not None)
 
+    def _serve(self) -> bool:
+        """Start ranks, and serve until they are gone. False: so shall we."""
+        self._finishing = False
+        while not self._finishing:
+            self._turn(self._dumps.timeout())
+            self._read_logs()
+        return self._finish()
+
     # -- one turn -----------------------------------------------------------------------------
 
     def _turn(self, timeout: float | None) -> None:
@@ -134,6 +151,7 @@ class Launcher:
             self._started(fd)
         if events.get(self._control.fileno(), 0) & ~select.POLLOUT:
             self._hear()
+        self._dumps.look()
         self._flush()
 
     def _read_logs(self) -> None:
@@ -163,21 +181,33 @@ class Launcher:
                 self._launch(message, messages)
             elif isinstance(message, Signal):
                 self._reaper.signal(message.ranks, message.number)
+            elif isinstance(message, Ask):
+                self._dumps.ask(message, self._reaper.alive.values())
             elif isinstance(message, Shown):
                 self._pipes.acknowledged(message.nbytes)
             elif isinstance(message, Finish):
                 self._finishing = True
+                self._stay = message.stay
 
     # -- starting -----------------------------------------------------------------------------
 
     def _launch(self, launch: Launch, unheard: list[object]) -> None:
+        size = len(launch.worker_fds)
+        if launch.granted:
+            try:
+                fds = _preload.receive_granted(self._grants, size + 1)
+            except OSError as error:
+                for rank in range(size):
+                    self._say(SpawnFailed(rank, str(error)))
+                return
+            *launch.worker_fds, launch.status_fd = fds
         for fd in (*launch.worker_fds, launch.status_fd):
             os.set_inheritable(fd, False)
         self._pipes.begin(launch)
         forks = launch.start_method == "forkserver"
         if forks and not self._preload(launch, unheard):
             return
-        for rank in range(len(launch.worker_fds)):
+        for rank in range(size):
             child = Child(launch.name, rank, raw=launch.mode != "prefix")
             try:
                 become = (lambda rank: self._become(launch, rank)) if forks else None
@@ -197,8 +227,11 @@ class Launcher:
 
     def _preload(self, launch: Launch, unheard: list[object]) -> bool:
         """Import what is to be shared. False if no rank is to be started from here."""
+        if self._shared is not None:
+            self._shared.adapt(launch)
+            return True
         try:
-            seconds, refused = _preload.share(launch, self._control.fileno(), self._driver)
+            self._shared = _preload.share(launch, self._control.fileno(), self._driver)
         except _preload.PreloadFailed as error:
             for rank, fd in enumerate(launch.worker_fds):
                 os.close(fd)
@@ -206,8 +239,8 @@ class Launcher:
             return False
         finally:
             self._wake.arm()  # an imported module may have had other ideas
-        self._say(Preloaded(seconds, refused))
-        if refused is not None:
+        self._say(Preloaded(self._shared.seconds, self._shared.refused))
+        if self._shared.refused is not None:
             self._flush_all()
             _spawn.limit_descriptors(self._nofile)
             _preload.start_anew(self._control, self._driver, launch, unheard)
@@ -227,7 +260,7 @@ class Launcher:
         self._wake.close()
         for child in self._children:
             child.close()
-        for fd in (self._driver, *launch.worker_fds[rank + 1 :]):
+        for fd in (*self._ours, *launch.worker_fds[rank + 1 :]):
             os.close(fd)
         _preload.become(launch.name, rank, launch.environments[rank])
 
@@ -255,6 +288,7 @@ class Launcher:
 
     def _ended(self, child: Child, report: Exited) -> None:
         self._say(report)
+        self._dumps.ended(child)
         os.close(child.crash)
         child.crash = -1
 
@@ -266,12 +300,23 @@ class Launcher:
         if self._driver_poll.poll(0):
             raise DriverGone
 
-    def _finish(self) -> None:
+    def _finish(self) -> bool:
+        """End the ranks. Returns whether the launcher stays, for others."""
         self._told_dying = clock()
         left = self._reaper.end(self._wait_for_ends)
         self._pipes.finish()
-        self._control.send(Gone(left))
+        # It must be as it was when it was found fit to fork; a module's own child is gone now.
+        stay = (
+            self._stay
+            and self._shared is not None
+            and not left
+            and self._reaper.spared_none()
+            and _preload.why_not_fork() is None
+        )
+        self._children.clear()
+        self._control.send(Gone(left, stay))
         self._flush_all()
+        return stay
 
     def _wait_for_ends(self) -> None:
         now = clock()

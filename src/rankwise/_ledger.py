@@ -5,13 +5,14 @@
                 cancel, expire              lost: settled with WorkerDied, group broken
 
 No thread, clock, socket or process is touched here: events come in as method calls with the time as
-an argument, and what is to be done comes out in `settled`, `reports` and `broken`. The owner (a
-pump, or the inline engine) calls every method under its one lock.
+an argument, and what is to be done comes out in `settled`, `reports`, `overdue`, `slow` and
+`broken`. The owner (a pump, or the inline engine) calls every method under its one lock.
 
 An exception out of a signal handler may cut a method short between any two bytecodes when the owner
 is the main thread. So each method can be run again with the same event: what it stores first it can
 store twice, and the store that ends it is its last. CPython runs handlers only after a call and at
-a backward jump, never inside straight code, and that is what "last" leans on.
+a backward jump, never inside straight code, and that is what "last" leans on. That is why this is
+one file, long as it is: each event begins by finishing whichever other was cut short.
 """
 
 from __future__ import annotations
@@ -41,7 +42,11 @@ FAILURE_PAUSE = 0.050
 # End of file on a channel without the launcher's word on the process: it closed its descriptors.
 HANGUP_PAUSE = 1.0
 
-DEADLINE, SETTLE, BREAK, HANGUP = range(4)
+# A call whose deadline has passed is settled by then, whether or not it could be found out what its
+# ranks are doing: 0.1 s that they have to say it, and the way there and back.
+EXPLAIN_PAUSE = 0.15
+
+DEADLINE, SETTLE, BREAK, HANGUP, SLOW = range(5)
 
 
 class Ledger:
@@ -50,7 +55,8 @@ class Ledger:
     __slots__ = (
         "_barriers", "_dropping", "_last_id", "_placing", "_queued", "_timers", "broken",
         "closing", "dead",
-        "exiting", "hung", "inflight", "late", "open", "reports", "settled", "world_size",
+        "exiting", "explains", "hung", "inflight", "late", "open", "overdue", "reports",
+        "settled", "slow", "world_size",
     )  # fmt: skip
 
     def __init__(self, world_size: int) -> None:
@@ -59,6 +65,9 @@ class Ledger:
         self.inflight: list[dict[int, Call]] = [{} for _ in range(world_size)]
         self.settled: deque[Call] = deque()  # to be told to their watchers
         self.reports: deque[tuple[Call, int, bytes]] = deque()  # failures that no caller will see
+        self.explains = False  # the owner settles overdue calls, once it can explain them
+        self.overdue: deque[Call] = deque()  # their deadline has passed, and is their outcome
+        self.slow: deque[Call] = deque()  # to be logged: they take longer than they should
         self.broken: Error | None = None
         self.closing = False
         self.exiting = False
@@ -96,8 +105,11 @@ class Ledger:
         if not (self._placing or self._dropping or self._barriers):
             return
         for call in self._placing:
-            if call.deadline is not None and call.id not in self.open:
-                self._timer(call.deadline, DEADLINE, call.id)
+            if (call.deadline is not None or call.slow is not None) and call.id not in self.open:
+                if call.deadline is not None:
+                    self._timer(call.deadline, DEADLINE, call.id)
+                if call.slow:
+                    self._timer(call.slow[0], SLOW, call.id)
             self.open[call.id] = call
             for rank in call.ranks:
                 queue = self._queued[rank]
@@ -130,13 +142,14 @@ class Ledger:
                 queue.popleft()
                 continue
             inflight = self.inflight[rank]
-            if len(inflight) >= WINDOW_CALLS and call.id not in inflight:
-                return None
-            size = len(call.body if call.bodies is None else call.bodies[rank])
-            if size > SMALL_BODY and inflight and call.id not in inflight:
-                ahead = sum(len(other.body_for(rank)) for other in inflight.values())
-                if ahead + size > WINDOW_BYTES:
+            if inflight and call.id not in inflight:
+                if len(inflight) >= WINDOW_CALLS:
                     return None
+                size = len(call.body_for(rank))
+                if size > SMALL_BODY:
+                    ahead = sum(len(other.body_for(rank)) for other in inflight.values())
+                    if ahead + size > WINDOW_BYTES:
+                        return None
             inflight[call.id] = call
             call.begun = True
             return call
@@ -154,13 +167,12 @@ class Ledger:
 
     # -- what comes back ----------------------------------------------------------------------
 
-    def reply(self, rank: int, call_id: int, kind: int, body: bytes, now: float) -> None:
-        """`rank` has answered call `call_id` with a frame of `kind`."""
+    def reply(self, rank: int, call_id: int, kind: int, body: bytes, now: float) -> bool:
+        """`rank` has answered call `call_id` with a frame of `kind`. Whether that is nonsense."""
         inflight = self.inflight[rank]
         call = inflight.get(call_id)
         if call is None:
-            self.late += 1
-            return
+            return self._unasked(rank, call_id)
         answers = call.answers
         if call.done:
             self._late_reply(call, rank, kind, body, now)
@@ -168,15 +180,28 @@ class Ledger:
             answers[rank] = (kind, body)
             if kind == FAILED:
                 self._failure(call, now)
-                if call.reply_from is not None and not call.return_exceptions:
+                if call.error is not None:
+                    self.reports.append((call, rank, body))  # its deadline has passed
+                elif call.reply_from is not None and not call.return_exceptions:
                     self._finish(call)
-            elif rank == call.reply_from:
+            elif rank == call.reply_from and call.error is None:
                 self._finish(call)
         if len(answers) == len(call.ranks):
-            if not call.done:
+            if not call.done and call.error is None:
                 self._finish(call)
-            self._end(call)
+            if call.done:  # else it is overdue: it ends when it is settled
+                self._end(call)
         inflight.pop(call_id, None)
+        return False
+
+    def _unasked(self, rank: int, call_id: int) -> bool:
+        """An answer that `rank` does not owe: this very event, run again, or one to no call."""
+        self.late += 1
+        call = self.open.get(call_id)
+        if call_id <= self._last_id and (call is None or rank in call.answers):
+            return False
+        self.break_group(Garbled(rank, f"it has answered call {call_id}, which it was not sent"))
+        return True
 
     def _late_reply(self, call: Call, rank: int, kind: int, body: bytes, now: float) -> None:
         """`call` had its outcome already."""
@@ -198,7 +223,7 @@ class Ledger:
     def _failure(self, call: Call, now: float) -> None:
         if len(call.ranks) == 1 or call.break_at is not None:
             return
-        if not call.return_exceptions:
+        if not call.return_exceptions and call.error is None:
             self._timer(now + FAILURE_PAUSE, SETTLE, call.id)
         if call.on_error == "fail":
             self._timer(now + call.grace, BREAK, call.id)
@@ -303,25 +328,40 @@ class Ledger:
             else:
                 call = self.open.get(number)
                 if call is not None:
-                    self._due(call, what)
+                    self._due(call, what, now)
             heappop(timers)
         return due
 
-    def _due(self, call: Call, what: int) -> None:
+    def _due(self, call: Call, what: int, now: float) -> None:
         if what == BREAK:
             failed = call.failure() or call.late_failure
             if failed is not None:
                 self.break_group(Stuck(call, *failed, tuple(call.missing())))
         elif call.done:
-            if call.dropped:
+            if call.dropped or not call.missing():
                 self._end(call)
+        elif what == SLOW:
+            self.slow.append(call)
         elif what == SETTLE:
-            self._finish(call)
-        elif not call.begun:
-            self._drop(call, Expired(call.ranks))
+            self._settle(call)
         else:
-            call.error = Expired(tuple(call.missing()))
-            self._finish(call)
+            if not isinstance(call.error, Expired):
+                call.error = Expired(tuple(call.missing()) if call.begun else call.ranks)
+                call.dropped = not call.begun
+            if self.explains:
+                self._timer(now + EXPLAIN_PAUSE, SETTLE, call.id)
+                self.overdue.append(call)
+            else:
+                self._settle(call)
+
+    def explained(self, call: Call) -> None:
+        """What is to be known of the overdue `call` is known: settle it."""
+        self._due(call, SETTLE, 0.0)
+
+    def _settle(self, call: Call) -> None:
+        self._finish(call)
+        if call.dropped or not call.missing():
+            self._end(call)
 
     def next_timer(self) -> float | None:
         """The earliest moment at which `expire` has something to do, or None."""

@@ -14,10 +14,10 @@ import os
 import select
 import threading
 import warnings
-from _pickle import loads as plain_loads
 
 from rankwise._calls import Broken, Expired, Lost
 from rankwise._deadline import clock
+from rankwise._outcome import opened
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rankwise._calls import Call
     from rankwise._engine import Engine
     from rankwise._future import GroupFuture
+    from rankwise._seat import Seat
     from rankwise._spec import GroupSpec
 
 logger = logging.getLogger("rankwise")
@@ -85,9 +86,9 @@ def _close_all(owner: int) -> None:
             engine.close(max(0.0, until - clock()))
 
 
-def abandon(engine: Engine, name: str) -> None:
-    """The group of `engine` was collected without having been closed. A finalizer."""
-    if engine.abandon():
+def abandon(owner: Engine | Seat, name: str) -> None:
+    """The group of `owner` was collected without having been closed. A finalizer."""
+    if owner.abandon():
         warnings.warn(
             f"the WorkerGroup {name!r} was collected without having been closed: use `with`, or "
             "call close()",
@@ -129,5 +130,5 @@ def log_failure(call: Call, rank: int, body: bytes) -> None:
 
 
 def _log(what: str, call: Call, rank: int, body: bytes) -> None:
-    _, name, message, text, *_ = plain_loads(body)
+    _, name, message, text, *_ = opened(body)
     logger.error("%s %s() on rank %d: %s: %s\n%s", what, call.method, rank, name, message, text)

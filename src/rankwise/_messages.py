@@ -2,8 +2,9 @@
 
     driver   ==frame==>  worker      Boot once, then Call ...; Exit closes the channel in order
     worker   ==frame==>  driver      Ready or Failed once, then one Ok or Failed for each Call
-    driver   ==message=> launcher    Launch once, then Signal, Shown, Finish
-    launcher ==message=> driver    Preloaded, Spawned, SpawnFailed, Exited, Output, Dying, then Gone
+    driver   ==message=> launcher    Launch, then Signal, Ask, Shown, Finish
+    launcher ==message=> driver    Preloaded, Spawned, SpawnFailed, Exited, Output, Told, Dying,
+                                   Gone last
 
 A frame is a header of 24 bytes and a body (`wire.channel`). A message is one of the slotted classes
 below, pickled (`wire.control`). Nobody changes one after it is made.
@@ -34,6 +35,7 @@ OK: Final = 16  # the body is the pickled value
 FAILED: Final = 17  # the body is a pickled `_outcome.Failed`
 ACK: Final = 18  # the call ran; nobody asked for its value
 OK_LENT: Final = 19  # as OK; the value lies in the arena, and the body says where
+FAILED_LENT: Final = 20  # as FAILED, likewise
 
 ANSWERS: Final = frozenset((OK, FAILED, ACK))
 
@@ -43,12 +45,20 @@ HAS_DEADLINE: Final = 2  # the body begins with the deadline: CLOCK_MONOTONIC, a
 DEADLINE: Final = Struct("<d")
 
 
+# The signals at which a rank writes its Python stacks (`_dump.py`): SIGRTMAX - 3, and - 2.
+STACKS_SIGNAL: Final = 61  # Python's handler: all threads, and DUMPED behind them
+STACK_SIGNAL: Final = 62  # faulthandler's: the main thread
+DUMPED: Final = b"-- all threads --\n"
+
+
 class Launch:
-    """Start these ranks. The descriptors were inherited under the numbers given here."""
+    """Start these ranks. The descriptors were inherited under the numbers given here, or are
+    `granted`: they wait on the socket for that, the workers' in rank order, then the status page's.
+    """
 
     __slots__ = (
-        "color", "environments", "mode", "name", "preload", "python", "root", "start_method",
-        "status_fd", "sys_path", "worker_fds",
+        "color", "environments", "granted", "mode", "name", "preload", "python", "root",
+        "start_method", "status_fd", "sys_path", "worker_fds",
     )  # fmt: skip
 
     def __init__(
@@ -62,6 +72,7 @@ class Launch:
         environments: list[dict[str, str]],
         worker_fds: list[int],
         status_fd: int,
+        granted: bool = False,
         preload: tuple[str, ...],
         mode: str,
         color: bool,
@@ -74,6 +85,7 @@ class Launch:
         self.environments = environments  # one a rank, whole
         self.worker_fds = worker_fds  # the workers' ends of the call channels, one a rank
         self.status_fd = status_fd
+        self.granted = granted
         self.preload = preload
         self.mode = mode  # "prefix", "inherit" or "off"
         self.color = color
@@ -90,6 +102,18 @@ class Signal:
         self.number = number
 
 
+class Ask:
+    """Tell of each of `ranks` its last line, and with `stacks` its Python stacks: a Told each."""
+
+    __slots__ = ("number", "ranks", "stacks")
+    __match_args__ = ("number", "ranks", "stacks")
+
+    def __init__(self, number: int, ranks: tuple[int, ...], stacks: bool) -> None:
+        self.number = number  # which question this is: the answers repeat it
+        self.ranks = ranks
+        self.stacks = stacks
+
+
 class Shown:
     """So many bytes of Output have been written out (or thrown away) by the driver."""
 
@@ -101,9 +125,16 @@ class Shown:
 
 
 class Finish:
-    """SIGKILL what is left, with all descendants; report each end; say Gone; exit."""
+    """SIGKILL what is left, with all descendants; report each end; say Gone; exit.
 
-    __slots__ = ()
+    stay: if it can fork other ranks from what it has imported, the launcher does not exit, but
+    waits for the next Launch.
+    """
+
+    __slots__ = ("stay",)
+
+    def __init__(self, stay: bool = False) -> None:
+        self.stay = stay
 
 
 class Preloaded:
@@ -176,6 +207,21 @@ class Output:
         self.data = data
 
 
+class Told:
+    """The answer to question `number` for one rank."""
+
+    __slots__ = ("last_line", "number", "rank", "reason", "stack")
+
+    def __init__(
+        self, number: int, rank: int, stack: str | None, reason: str | None, last_line: str
+    ) -> None:
+        self.number = number
+        self.rank = rank
+        self.stack = stack  # as faulthandler wrote it, all threads
+        self.reason = reason  # why there is none, or not all of it
+        self.last_line = last_line  # that it wrote to 1 or 2; "" if none
+
+
 class Dying:
     """SIGKILL has been sent to all; these ranks still end (a GB takes the kernel some 30 ms).
 
@@ -191,14 +237,16 @@ class Dying:
 
 
 class Gone:
-    """Every worker and descendant has ended and been reaped: the launcher's last word.
+    """Every worker and descendant has ended and been reaped: the launcher's last word, unless it
+    stays, `warm`, for the next Launch.
 
     left: the pids, if any, that did not end though SIGKILL was sent to them and ten seconds passed:
     the kernel holds them (a device driver or a network file system hangs).
     """
 
-    __slots__ = ("left",)
-    __match_args__ = ("left",)
+    __slots__ = ("left", "warm")
+    __match_args__ = ("left", "warm")
 
-    def __init__(self, left: tuple[int, ...] = ()) -> None:
+    def __init__(self, left: tuple[int, ...] = (), warm: bool = False) -> None:
         self.left = left
+        self.warm = warm

@@ -6,15 +6,18 @@ import operator
 from typing import Any
 
 from rankwise._checks import at_least, choice, is_list, seconds, wrong_type, wrong_value
-from rankwise._deadline import check_timeout
+from rankwise._deadline import check_timeout, clock
 
+NEVER = float("inf")
 KEEP: Any = object()  # an option that is left as it is
 
 
 class Options:
     """The options of a view's calls. Nobody changes one."""
 
-    __slots__ = ("grace", "on_error", "reply_from", "return_exceptions", "timeout")
+    __slots__ = (
+        "grace", "on_error", "reply_from", "return_exceptions", "slow_after", "timeout",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -23,12 +26,20 @@ class Options:
         return_exceptions: bool = False,
         on_error: str | None = None,
         grace: float = 30.0,
+        slow_after: float | None = None,
     ) -> None:
         self.timeout = timeout
         self.reply_from = reply_from
         self.return_exceptions = return_exceptions
         self.on_error = on_error  # None: "fail" for several ranks, "continue" for one
         self.grace = grace
+        self.slow_after = slow_after  # seconds; None: the group's own (`_slow.py`); inf: never
+
+    def slow(self) -> tuple[float, float] | tuple[()] | None:
+        """`slow_after` of a call that is made now, as `Call.slow` has it."""
+        if self.slow_after is None:
+            return None
+        return (clock() + self.slow_after, self.slow_after) if self.slow_after < NEVER else ()
 
     def changed(
         self,
@@ -38,6 +49,7 @@ class Options:
         return_exceptions: object,
         on_error: object,
         grace: object,
+        slow_after: object,
     ) -> Options:
         """These options with others, checked; KEEP leaves one as it is."""
         return Options(
@@ -52,16 +64,27 @@ class Options:
             self.grace
             if grace is KEEP
             else seconds("grace", "a finite number of seconds, 0 or more", grace, zero=True),
+            self.slow_after if slow_after is KEEP else _check_slow_after(slow_after),
         )
 
     def narrowed(self, ranks: tuple[int, ...]) -> Options:
         """The options for a part of a view: a `reply_from` that is not in it is dropped."""
         if self.reply_from is None or self.reply_from in ranks:
             return self
-        return Options(self.timeout, None, self.return_exceptions, self.on_error, self.grace)
+        return Options(
+            self.timeout, None, self.return_exceptions, self.on_error, self.grace, self.slow_after
+        )
 
 
 DEFAULTS = Options()
+
+
+def _check_slow_after(slow_after: object) -> float | None:
+    if slow_after is None:
+        return None
+    if check_timeout(slow_after, "slow_after") is None:
+        return NEVER  # what no clock reaches is never
+    return seconds("slow_after", "seconds above 0, or None", slow_after, zero=False)
 
 
 def _check_bool(name: str, value: object) -> bool:

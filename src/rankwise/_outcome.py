@@ -1,33 +1,29 @@
-"""Ok | Failed: the only place where a user's exceptions are caught, and made again.
+"""A value, or Failed: the only place where a user's exceptions are caught, and made again.
 
-worker:  capture(method, args, kwargs) > Ok(value) | Failed(exception) > frame
+worker:  capture(function, *args) > value | Failed(exception) > frame
 driver:  frame > failure(...) > the exception that the caller catches, with RemoteError as its cause
 """
 
 from __future__ import annotations
 
 import sys
+from _pickle import PickleBuffer
 from _pickle import dumps as plain_dumps
 from _pickle import loads as plain_loads
 
 from rankwise._deadline import clock
 from rankwise._interrupts import is_interrupt
 from rankwise.wire import codec
+from rankwise.wire.borrowing import Received
+from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from types import FrameType
+    from typing import Any
 
-
-class Ok:
-    """The method returned `value`."""
-
-    __slots__ = ("value",)
-    __match_args__ = ("value",)
-
-    def __init__(self, value: object) -> None:
-        self.value = value
+    from rankwise.wire.arena import Arena
 
 
 class Failed:
@@ -41,19 +37,21 @@ class Failed:
         self.when = clock()
 
 
-def capture(
-    method: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> Ok | Failed:
-    """Run the user's code; whatever it raises is a value. A worker's exit is not the driver's."""
+def capture(function: Callable[..., object], *args: object) -> Any:
+    """Run the user's code: its value, or Failed, which is nobody else's. A worker's exit is not
+    the driver's."""
     try:
-        return Ok(method(*args, **kwargs))
+        return function(*args)
     except BaseException as error:
         return Failed(error)
 
 
-def encode_failure(failed: Failed, where: str = "") -> bytes:
-    """The body of a FAILED frame; `where`: the method, with its class. Never raises: what cannot
-    travel goes as text."""
+def encode_failure(failed: Failed, where: str = "", arena: Arena | None = None) -> bytes:
+    """The body of a FAILED frame; `where`: the method, with its class.
+
+    What is large goes into `arena`, where there is one: it is `Lent` then, and the frame
+    FAILED_LENT. Never raises: what cannot travel, or has no room, goes as text.
+    """
     error = failed.error
     text = format_traceback(error)
     name = _type_name(type(error))
@@ -61,26 +59,48 @@ def encode_failure(failed: Failed, where: str = "") -> bytes:
         message = str(error)
     except BaseException:
         message = "(its message could not be made)"
-    return plain_dumps((failed.when, name, message, text, where, _pickled(error)), 5)
+    told = (failed.when, name, message, text, where)
+    if _may_travel(error):
+        try:
+            body = codec.dumps((*told, *_apart(error)), arena)
+            # Tried here, where a failure harms nobody: an exception whose __init__ wants more than
+            # its args dies in `loads`.
+            seen = arena.peek(body) if arena and type(body) is Lent else opened(body)
+            *_, pickled, buffers = seen
+            if type(plain_loads(pickled, buffers=buffers)) is type(error):
+                return body
+        except BaseException:
+            pass
+    return plain_dumps((*told, None, ()), 5)
 
 
-def _pickled(error: BaseException) -> bytes | None:
-    """`error`, pickled, where the driver may raise it as it is and can rebuild it; else None."""
+def _may_travel(error: BaseException) -> bool:
+    """Whether the driver may raise it as it is."""
     if not isinstance(error, Exception) or isinstance(error, (StopIteration, StopAsyncIteration)):
-        return None
+        return False
     # Not imported for its own sake (it costs 10 ms): who raised the class has imported it.
     futures = sys.modules.get("concurrent.futures._base")
-    if futures is not None and isinstance(error, futures.CancelledError):
-        return None
+    return futures is None or not isinstance(error, futures.CancelledError)
+
+
+def _apart(error: BaseException) -> tuple[object, Sequence[object]]:
+    """`error`, pickled, and the buffers that it was pickled without: what is told beside it can be
+    read where it cannot be rebuilt."""
+    parcel = codec.Parcel()
+    data = codec.dumps(error, parcel, ())  # tried here first, where a GPU's memory cannot be shown
+    if not parcel.stream:
+        return data, ()
+    return PickleBuffer(b"".join(parcel.stream)), [*map(PickleBuffer, parcel.buffers)]
+
+
+def opened(body: bytes) -> Any:
+    """What a FAILED frame tells: when, type's name, message, traceback, where; and `_apart`."""
+    if type(body) is not Received:
+        return plain_loads(body)
     try:
-        data = codec.dumps(error)
-        # Tried here, where a failure harms nobody: an exception whose __init__ wants more than
-        # its args dies in `loads`.
-        if type(codec.loads(data)) is not type(error):
-            return None
-    except BaseException:
-        return None
-    return data
+        return body.load()
+    except MemoryError as error:
+        return clock(), "Exception", f"(it is too large to be read here: {error})", "", "", None, ()
 
 
 def format_traceback(error: BaseException) -> str:
@@ -98,7 +118,11 @@ def format_traceback(error: BaseException) -> str:
 
 def _is_ours(frame: FrameType) -> bool:
     """Whether it is what calls the user's code: the reader of a traceback did not write it."""
-    return frame.f_globals.get("__name__") in (__name__, "rankwise._worker")
+    return frame.f_globals.get("__name__") in (
+        __name__,
+        "rankwise._worker",
+        "rankwise.testing._inject",
+    )
 
 
 def _type_name(cls: type[BaseException]) -> str:
@@ -109,15 +133,30 @@ def _type_name(cls: type[BaseException]) -> str:
 
 def failed_at(body: bytes) -> float:
     """When the failure in `body` happened, by the worker's CLOCK_MONOTONIC."""
-    when: float = plain_loads(body)[0]
+    when: float = _parts(body)[0]
     return when
+
+
+def _parts(body: bytes) -> tuple[float, str, str, str, str, Any, Any]:
+    """What `encode_failure` has put into `body`; where it is none of its own, words about that."""
+    try:
+        when, name, message, text, label, pickled, buffers = opened(body)
+        if type(when) is float and {type(name), type(message), type(text), type(label)} == {str}:
+            return when, name, message, text, label, pickled, buffers
+        reason: object = "it is something else"
+    except Exception as error:
+        if is_interrupt(error):
+            raise
+        reason = repr(error)
+    message = f"it failed, and what it says of that cannot be read: {reason}"
+    return clock(), "BadFrame", message, "", "", None, ()
 
 
 def failure(body: bytes, rank: int, pid: int, method: str) -> Exception:
     """The exception for the body of a FAILED frame, ready to be raised."""
     from rankwise.errors import RemoteError  # the driver's alone, and heavy
 
-    _, name, message, text, label, pickled = plain_loads(body)
+    _, name, message, text, label, pickled, buffers = _parts(body)
     where = f"rank {rank} (pid {pid}) in {label or method}"
     remote = RemoteError(
         f"{where}: {name}: {message}" if message else f"{where}: {name}",
@@ -130,7 +169,7 @@ def failure(body: bytes, rank: int, pid: int, method: str) -> Exception:
     if pickled is None:
         return remote
     try:
-        error = codec.loads(pickled)
+        error = plain_loads(pickled, buffers=buffers)
     except Exception as reason:
         if is_interrupt(reason):
             raise

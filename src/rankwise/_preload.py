@@ -13,7 +13,10 @@ from __future__ import annotations
 import os
 import select
 import sys
+from _socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_CTRUNC, SOCK_STREAM, socket
 from contextlib import suppress
+from errno import EMFILE
+from struct import Struct
 
 from rankwise import _procfs
 from rankwise._deadline import clock
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 else:
     import _signal
 
+INT: Final = Struct("i")
+
 LAUNCHER: Final = start_code("_launcher")
 
 # What a process that has opened one of these holds cannot be shared with a forked child.
@@ -43,9 +48,29 @@ class PreloadFailed(Exception):
     """A module of `preload` could not be imported; the text has its traceback."""
 
 
-def share(launch: Launch, control: int, driver: int) -> tuple[float, str | None]:
-    """Import what the ranks of `launch` are to share. Returns the seconds that it took, and why
-    this process must not be forked after it, or None. Raises PreloadFailed."""
+class Shared:
+    """What was imported for all ranks, in `seconds`. `refused`: why this process must not be
+    forked after it, or None. `before`, `after`: its environment before and after the imports."""
+
+    __slots__ = ("after", "before", "refused", "seconds")
+
+    def __init__(
+        self, seconds: float, refused: str | None, before: dict[str, str], after: dict[str, str]
+    ) -> None:
+        self.seconds = seconds
+        self.refused = refused
+        self.before = before
+        self.after = after
+
+    def adapt(self, launch: Launch) -> None:
+        """Make the environments of `launch` such as if each rank had imported by itself."""
+        launch.environments = [
+            own_environment(variables, self.before, self.after) for variables in launch.environments
+        ]
+
+
+def share(launch: Launch, control: int, driver: int) -> Shared:
+    """Import what the ranks of `launch` are to share. Raises PreloadFailed."""
     before = dict(os.environ)
     began = clock()
     sentry = _post_sentry(control, driver)
@@ -53,11 +78,10 @@ def share(launch: Launch, control: int, driver: int) -> tuple[float, str | None]
         _import(launch.preload, launch.sys_path)
     finally:
         _dismiss(sentry)
-    refused = why_not_fork()
-    if refused is None:
-        after = dict(os.environ)
-        launch.environments = [own_environment(env, before, after) for env in launch.environments]
-    return clock() - began, refused
+    shared = Shared(clock() - began, why_not_fork(), before, dict(os.environ))
+    if shared.refused is None:
+        shared.adapt(launch)
+    return shared
 
 
 def _import(names: Sequence[str], sys_path: Sequence[str]) -> None:
@@ -142,8 +166,30 @@ def start_anew(
         with suppress(OSError):  # the directory that was listed
             os.set_inheritable(fd, fd in kept)
     python = launch.python[0]
-    numbers = map(str, (control.fileno(), driver, rest))
+    numbers = map(str, (control.fileno(), driver, -1, rest))
     os.execv(python, [python, "-I", "-S", "-c", LAUNCHER, launch.root, launch.name, *numbers])
+
+
+def receive_granted(grants: int, count: int) -> list[int]:
+    """`count` descriptors that the driver has sent on the socket `grants` before its Launch.
+
+    Raises OSError where this process may not have so many.
+    """
+    fds: list[int] = []
+    sock = socket(AF_UNIX, SOCK_STREAM, 0, grants)
+    try:
+        while len(fds) < count:
+            room = CMSG_SPACE(INT.size * (count - len(fds)))
+            _, sent, flags, _ = sock.recvmsg(1, room, MSG_CMSG_CLOEXEC)
+            for _, _, data in sent:
+                fds.extend(fd for (fd,) in INT.iter_unpack(data))
+            if flags & MSG_CTRUNC or not sent:
+                for fd in fds:
+                    os.close(fd)
+                raise OSError(EMFILE, "the descriptors of the ranks did not all arrive")
+    finally:
+        sock.detach()
+    return fds
 
 
 def become(name: str, rank: int, environment: Mapping[str, str]) -> None:

@@ -1,7 +1,7 @@
 """The pump: bytes from the sockets into the ledger, and outcomes to whoever waits.
 
     call()    > Ledger.place > DriverChannel ==frame==> worker loop > your method
-    waiter    < Ledger.settled < feed < leader <==frame== worker loop < Ok | Failed
+    waiter    < Ledger.settled < feed < leader <==frame== worker loop < value | Failed
 
 There is no reader thread between a socket and its caller. Whoever waits takes the *lead*: it polls
 `_ready` (an epoll of the reply sockets) for the spin budget, sleeps on it after that, and feeds
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from rankwise._spin import Spin
 
 NEVER = float("inf")
-TICK = 0.25  # seconds between the keeper's looks at open calls
+TICK = 0.4  # seconds between the keeper's looks at open calls
 
 
 class Pump:
@@ -93,9 +93,10 @@ class Pump:
                 if refusal is not None:
                     return refusal
                 ledger.place(calls)
+                flush = self.sockets.flush
                 for call in calls:
                     for rank in call.ranks:
-                        self.sockets.flush(rank)
+                        flush(rank)
                 lead = self.lead
                 if lead.leader is None:
                     if waiter is not None:
@@ -263,6 +264,7 @@ class Pump:
 
     def _serve(self, events: list[tuple[int, int]]) -> None:
         sockets = self.sockets
+        ready: list[int] = []
         for fd, event in events:
             rank = sockets.ranks.get(fd)
             if rank is None:
@@ -276,7 +278,8 @@ class Pump:
                     self.ledger.mend()
                     self.sockets.flush(rank)
             if event & ~OUT:
-                sockets.pull(rank)
+                ready.append(rank)
+        sockets.pull(ready)
         if sockets.deaths:
             sockets.bury()
         if self.ledger.settled:

@@ -79,11 +79,6 @@ class Ranks:
             return "queued", 0.0
         return ("running" if running else "idle"), since
 
-    def asleep(self, rank: int) -> bool:
-        """Whether the process of `rank` waits for something; not so where it waits for a CPU."""
-        process = _procfs.stat(self.pids[rank]) if rank in self.pids else None
-        return process is not None and process.state == "S"
-
     def memory(self, rank: int) -> int | None:
         """Resident memory in bytes; None where the rank has no process now."""
         process = _procfs.stat(self.pids[rank]) if rank in self.pids else None

@@ -83,6 +83,10 @@ class Reaper:
         """The children of now (what a preloaded module has started) are nobody's orphans."""
         self._own = frozenset(_procfs.children(os.getpid()))
 
+    def spared_none(self) -> bool:
+        """Whether there were no such children."""
+        return not self._own
+
     def reap(self, *, silent: bool = False) -> bool:
         """Reap one process that has ended, and report it if it was a rank; False if there is none.
         Raises ChildProcessError if no child is left. silent: call neither of our callers."""
@@ -210,7 +214,9 @@ def _kill(pid: int) -> None:
 def _crash_report(child: Child) -> str | None:
     """What faulthandler wrote for a rank that crashed."""
     try:
-        text = os.pread(child.crash, _CRASH_REPORT, 0)
+        text = os.pread(child.crash, _CRASH_REPORT, child.dumped)
     except OSError:
         return None
-    return text.decode("utf-8", "replace") or None
+    # Before it there may be stacks that were asked for, and came too late or not in whole.
+    _, begin, rest = text.partition(b"Fatal Python error")
+    return (begin + rest).decode("utf-8", "replace") or None

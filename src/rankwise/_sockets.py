@@ -12,13 +12,24 @@ from __future__ import annotations
 import contextlib
 import select
 from fcntl import ioctl
-from struct import unpack
+from sys import byteorder
 from termios import FIONREAD, TIOCOUTQ
 
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
-from rankwise._messages import ANSWERS, DEADLINE, FAILED, HAS_DEADLINE, OK, OK_LENT, WANT_VALUE
-from rankwise.wire.channel import SEQUENCE_MASK, BadFrame, DriverChannel
+from rankwise._interrupts import is_interrupt
+from rankwise._messages import (
+    ANSWERS,
+    DEADLINE,
+    FAILED,
+    FAILED_LENT,
+    HAS_DEADLINE,
+    OK,
+    OK_LENT,
+    WANT_VALUE,
+)
+from rankwise.wire.channel import DriverChannel
+from rankwise.wire.frames import SEQUENCE_MASK, BadFrame
 from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False
@@ -32,6 +43,7 @@ if TYPE_CHECKING:
     from rankwise.wire.arena import Arena
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
+_LENT = {OK_LENT: OK, FAILED_LENT: FAILED}
 
 
 class Sockets:
@@ -73,7 +85,7 @@ class Sockets:
             if call.deadline is not None:
                 flags |= HAS_DEADLINE
                 head = DEADLINE.pack(call.deadline)
-            body = call.body_for(rank)
+            body = call.body if call.bodies is None else call.bodies[rank]
             if type(body) is Lent:
                 body.hold.pending.discard(rank)  # from here on it is the rank's to let go
             try:
@@ -96,59 +108,98 @@ class Sockets:
             if self._ledger.queued(rank):
                 self.flush(rank)
 
-    def pull(self, rank: int) -> bool:
-        """Feed the ledger with what `rank` has sent. False: there is nothing more now."""
-        channel = self.channels[rank]
-        if channel.eof:
-            return False
-        more = channel.receive()
-        try:
-            frames, data, used = channel.frames()
-        except BadFrame as reason:
-            self._garbled(rank, str(reason))
-            return False
-        if frames:
+    def pull(self, ranks: list[int]) -> bool:
+        """Feed the ledger with what `ranks` have sent. False: there is nothing more now.
+
+        All of them first give what they have, and then it is fed, with the lock taken once.
+        """
+        came = []
+        bad: list[tuple[int, str]] = []
+        ended: list[int] = []
+        more = False
+        for rank in ranks:
+            channel = self.channels[rank]
+            if channel.eof:
+                continue
+            if channel.receive():
+                more = True
+            elif channel.eof:
+                ended.append(rank)
+            try:
+                frames, data, used = channel.frames()
+            except BadFrame as error:
+                frames, data, used = error.before  # good answers come first
+                bad.append((rank, str(error)))
+            if frames:
+                came.append((rank, channel, frames, data, used))
+        if came:
             now = clock()
-            failed = False
-            lent = False
             with self._lock:
-                ledger = self._ledger
-                ledger.mend()
-                if ledger.queued(rank):
-                    # Struck after a call's last byte, before that was noted: note it before the
-                    # answer is taken, or the call would be put under way a second time.
-                    self.flush(rank)
-                for kind, call_id, body, sequence in frames:
-                    ahead = (sequence - channel.receive_sequence) & SEQUENCE_MASK
-                    if kind == OK_LENT and ahead == 0 and self.arena is not None:
-                        lent = True
-                        kind, body = OK, self.arena.receive(body, rank, sequence)
-                    if ahead == 0 and kind in ANSWERS:
-                        ledger.reply(rank, call_id, kind, body, now)
-                        channel.receive_sequence += 1
-                        failed = failed or kind == FAILED  # which sets timers
-                    elif ahead < SEQUENCE_MASK >> 1:
-                        self._garbled(rank, f"frame {sequence} of kind {kind} came out of turn")
-                        return False
-                channel.consume(data, used)
-                if lent and self.arena is not None:
-                    self.arena.dealt(rank)
-                if ledger.queued(rank):
-                    self.flush(rank)
-                if failed:
-                    self._on_news()
-        if channel.eof:
+                for rank, channel, frames, data, used in came:
+                    self._feed(rank, channel, frames, data, used, now)
+        for rank, reason in bad:
+            self._garbled(rank, reason)
+        for rank in ended:
             with self._lock:
-                self._forget(channel)
+                self._forget(self.channels[rank])
                 self._ledger.hangup(rank, clock())
                 self._on_news()
         return more
+
+    def _feed(
+        self,
+        rank: int,
+        channel: DriverChannel,
+        frames: list[tuple[int, int, bytes, int]],
+        data: bytes,
+        used: int,
+        now: float,
+    ) -> None:
+        """Feed the ledger with `frames`, which are the first `used` bytes of `data`."""
+        ledger = self._ledger
+        ledger.mend()
+        if ledger.queued(rank):
+            # Struck after a call's last byte, before that was noted: note it before the
+            # answer is taken, or the call would be put under way a second time.
+            self.flush(rank)
+        lent = False
+        failed = False
+        for kind, call_id, body, sequence in frames:
+            if sequence != channel.receive_sequence & SEQUENCE_MASK:
+                ahead = (sequence - channel.receive_sequence) & SEQUENCE_MASK
+                if ahead < SEQUENCE_MASK >> 1 or not channel.seen_before(frames, data):
+                    self._garbled(rank, channel.out_of_turn(kind, sequence))
+                    return
+                continue  # fed already, by who was struck, or by a handler's own wait
+            if kind in _LENT and self.arena is not None:
+                lent = True
+                try:
+                    kind, body = _LENT[kind], self.arena.receive(body, rank, sequence)
+                except Exception as error:
+                    if is_interrupt(error):
+                        raise
+                    what = f"the result of call {call_id} lies nowhere ({error})"
+                    self._garbled(rank, f"frame {sequence}: {what}")
+                    return
+            if kind not in ANSWERS:
+                self._garbled(rank, channel.out_of_turn(kind, sequence))
+                return
+            if ledger.reply(rank, call_id, kind, body, now) or kind == FAILED:
+                failed = True  # which sets timers, or breaks the group
+            channel.receive_sequence += 1
+        channel.consume(data, used)
+        if lent and self.arena is not None:
+            self.arena.dealt(rank)
+        if ledger.queued(rank):
+            self.flush(rank)
+        if failed:
+            self._on_news()
 
     def pull_stranded(self) -> None:
         """Deal with what a struck leader took off the sockets: no poll will tell of it again."""
         for rank, channel in enumerate(self.channels):
             if channel.holding:
-                self.pull(rank)
+                self.pull([rank])
 
     def _garbled(self, rank: int, reason: str) -> None:
         with self._lock:
@@ -165,7 +216,7 @@ class Sockets:
         # Empty the channel before believing the death: a worker may answer and exit, and we may
         # be told of the exit first. The other order throws a good answer away.
         for rank, report in list(self.deaths.items()):
-            while self.pull(rank):
+            while self.pull([rank]):
                 pass
             with self._lock:
                 self._forget(self.channels[rank])
@@ -173,16 +224,19 @@ class Sockets:
                 self.deaths.pop(rank, None)
             self._on_news()
 
-    def quiet(self, rank: int) -> bool:
-        """Whether nothing is on its way to or from `rank`: each end has read all that was sent."""
-        channel = self.channels[rank]
-        if channel.eof or channel.wants_out or self._ledger.queued(rank):
-            return False
-        unread = unpack("i", ioctl(channel.fd, TIOCOUTQ, b"\0\0\0\0"))[0]
-        waiting = unpack("i", ioctl(channel.fd, FIONREAD, b"\0\0\0\0"))[0]
-        return not unread and not waiting
+    def unread_there(self, rank: int) -> int:
+        """How much of what was sent to `rank` it has not read yet; bytes, as the kernel counts."""
+        return _count(self.channels[rank].fd, TIOCOUTQ)
+
+    def unread_here(self, rank: int) -> int:
+        """How many bytes from `rank` no leader has taken yet."""
+        return _count(self.channels[rank].fd, FIONREAD)
 
     def close(self) -> None:
         for channel in self.channels:
             channel.close()
         self.ready.close()
+
+
+def _count(fd: int, what: int) -> int:
+    return int.from_bytes(ioctl(fd, what, bytes(4)), byteorder)

@@ -71,7 +71,9 @@ class BecomeWorker(BaseException):
 class Child:
     """What the launcher holds of one rank: its process, and the launcher's ends of what it has."""
 
-    __slots__ = ("crash", "failure", "killed", "name", "pid", "pipes", "rank", "splitters", "tail")
+    __slots__ = (
+        "crash", "dumped", "failure", "killed", "name", "pid", "pipes", "rank", "splitters", "tail",
+    )  # fmt: skip
 
     def __init__(self, name: str, rank: int, raw: bool) -> None:
         self.name = name
@@ -79,6 +81,7 @@ class Child:
         self.pid = 0
         self.pipes: dict[int, int] = {}  # read end -> 1 or 2
         self.crash = -1
+        self.dumped = 0  # bytes of it that are stacks somebody asked for, and has
         self.failure = -1  # readable: the text of what failed before exec, or end of file at exec
         self.killed = False  # SIGKILL was sent by us
         self.splitters = {stream: Raw() if raw else Splitter() for stream in (1, 2)}

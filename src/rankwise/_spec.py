@@ -23,7 +23,9 @@ from rankwise._checks import (
     wrong_type,
     wrong_value,
 )
+from rankwise._inherited import Inherited
 from rankwise._rankinfo import RankInfo
+from rankwise._restart import Restart
 
 T = TypeVar("T")
 
@@ -77,8 +79,10 @@ class GroupSpec:
     start_timeout: float | None  # seconds
     logs: str
     on_failure: Callable[[Any], object] | None
+    restart: Restart | None
     spin: float | str  # seconds
     backend: str
+    inherited: Inherited = field(default_factory=Inherited, repr=False)
 
 
 def check_spec(
@@ -95,6 +99,7 @@ def check_spec(
     preload: object = (),
     start_timeout: object = None,
     logs: object = "prefix",
+    restart: object = None,
     on_failure: object = None,
     spin: object = "auto",
     backend: object = "local",
@@ -107,6 +112,8 @@ def check_spec(
     size = at_least(1, "world_size", "an int of at least 1", world_size)
     if on_failure is not None and not callable(on_failure):
         raise wrong_type("on_failure", "a callable that takes the GroupBroken, or None", on_failure)
+    if restart is not None and not isinstance(restart, Restart):
+        raise wrong_type("restart", "a rankwise.Restart(...), or None", restart)
     checked_devices = _check_devices(devices, size)
     checked_threads = _check_threads(threads)
     spec = GroupSpec(
@@ -124,6 +131,7 @@ def check_spec(
         start_timeout=_check_start_timeout(start_timeout),
         logs=choice("logs", ("prefix", "inherit", "off"), logs),
         on_failure=on_failure,
+        restart=restart,
         spin=_check_spin(spin),
         backend=choice("backend", ("local", "inline"), backend),
     )

@@ -23,12 +23,13 @@ CROWDED: Final = 200e-6
 class Spin:
     """The poll of one process. `budget`: seconds to poll for, now."""
 
-    __slots__ = ("_short", "budget", "learns", "most")
+    __slots__ = ("_short", "budget", "learns", "most", "steady")
 
     def __init__(self, most: float, learns: bool) -> None:
         self.most = most
         self.learns = learns
         self.budget = most
+        self.steady = not learns  # one more short wait would change nothing: it need not be told
         self._short = False  # the last wait was short
 
     def waited(self, seconds: float) -> None:
@@ -39,6 +40,7 @@ class Spin:
                 self.budget = LEAST
             elif self._short:
                 self.budget = self.most
+            self.steady = self._short and short
             self._short = short
 
     def __str__(self) -> str:

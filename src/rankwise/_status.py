@@ -1,6 +1,7 @@
 """The status page: 4 KB of shared memory a rank, which says what the rank is doing right now.
 
-    worker writes   phase, the call it runs and since when, the last call it finished
+    worker writes   phase, the call it runs and since when, the last call it finished, and
+                    whether it sleeps until bytes come
     driver writes   the ids of cancelled calls that are under way (a ring)
 
 It decides nothing about order. It is read by `health()`, by the search for lost messages and by
@@ -24,9 +25,10 @@ WORDS: Final = PAGE // 8
 PHASE: Final = 0
 RUNNING: Final = 1  # the call's id, 0 while idle
 SINCE: Final = 2  # when that began, CLOCK_MONOTONIC in nanoseconds
-DONE: Final = 3  # the last call that was finished
+DONE: Final = 3  # the last call whose answer has been written
 PORT: Final = 4  # rank 0: round << 16 | port of the rendezvous store that it listens on
 NEXT_CANCEL: Final = 5
+POLLS: Final = 8  # odd while the rank sleeps until bytes come; each sleep has its own number
 CANCELLED: Final = 256  # a ring of 256 ids: more than are ever under way to one rank
 
 RING: Final = WORDS - CANCELLED

@@ -2,6 +2,8 @@
 
 ManyView  its calls give a list, in the view's order        group, group[2:6], group[[0, 4]]
 OneView   its calls give the bare value                     group[0], options(reply_from=0)
+
+It is long because each verb's type is written out for either view: typing has no shorter way.
 """
 
 from __future__ import annotations
@@ -9,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
-from rankwise._answers import explain, take
+from rankwise._answers import explain, flush_timeout, take
 from rankwise._calls import Call
 from rankwise._checks import one_a_rank, wrong_type
-from rankwise._deadline import check_timeout, deadline
+from rankwise._deadline import check_timeout
 from rankwise._future import GroupFuture
 from rankwise._methods import resolve_method
 from rankwise._options import KEEP, Options, check_reply_from, pick
-from rankwise.errors import CallTimeout
 from rankwise.wire.codec import encode_call
 
 TYPE_CHECKING = False
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rankwise._engine import Engine
+    from rankwise._seat import Seat
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,7 +35,7 @@ T = TypeVar("T")
 class View:
     """What every view has. `_bare`: the rank whose bare value is the result; None: a list."""
 
-    _engine: Engine
+    _seat: Seat
     _ranks: tuple[int, ...]
     _group: object
     _options: Options
@@ -41,17 +43,21 @@ class View:
 
     def _init_view(
         self,
-        engine: Engine,
+        seat: Seat,
         ranks: tuple[int, ...],
         group: object,
         bare: int | None,
         options: Options,
     ) -> None:
-        self._engine = engine
+        self._seat = seat  # where the engine is found: another one after a restart
         self._ranks = ranks
         self._group = group  # a view keeps its group alive
         self._bare = bare
         self._options = options
+
+    @property
+    def _engine(self) -> Engine:
+        return self._seat.engine
 
     def __len__(self) -> int:
         return len(self._ranks)
@@ -64,11 +70,11 @@ class View:
 
     # -- making calls -------------------------------------------------------------------------
 
-    def _make(self, method: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _make(
+        self, engine: Engine, method: object, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Call:
         name, sent = resolve_method(method)
-        return self._make_call(
-            name, encode_call(sent, args, kwargs, self._engine.arena, self._ranks)
-        )
+        return self._make_call(name, encode_call(sent, args, kwargs, engine.arena, self._ranks))
 
     def _make_call(self, name: str, body: bytes, bodies: dict[int, bytes] | None = None) -> Call:
         options = self._options
@@ -79,22 +85,22 @@ class View:
             ranks,
             shape=self._bare,
             bodies=bodies,
-            deadline=deadline(options.timeout),
+            deadline=None if options.timeout is None else self._engine.deadline(options.timeout),
             reply_from=options.reply_from,
             return_exceptions=options.return_exceptions,
             on_error=options.on_error or ("fail" if len(ranks) > 1 else "continue"),
             grace=options.grace,
+            timeout=options.timeout,
+            slow=None if options.slow_after is None else options.slow(),
         )
 
-    def _run(self, call: Call) -> Any:
-        engine = self._engine
+    def _run(self, engine: Engine, call: Call) -> Any:
         refusal = engine.run(call)
         if refusal is not None:
             raise explain(refusal, None, engine)
         return take(call, engine)
 
-    def _submit(self, call: Call) -> GroupFuture[Any]:
-        engine = self._engine
+    def _submit(self, engine: Engine, call: Call) -> GroupFuture[Any]:
         future = GroupFuture[Any](call, engine, self._group)
         refusal = engine.submit((call,))
         if refusal is not None:
@@ -103,13 +109,18 @@ class View:
         return future
 
     def _scatter(
-        self, method: object, parts: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        engine: Engine,
+        method: object,
+        parts: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Call:
         name, sent = resolve_method(method)
         if isinstance(parts, (str, bytes, dict, set, frozenset)) or not hasattr(parts, "__len__"):
             raise wrong_type("parts", "a sequence with one item a rank", parts)
         one_a_rank("parts", parts, len(self._ranks))
-        arena = self._engine.arena
+        arena = engine.arena
         bodies = {
             rank: encode_call(sent, (part, *args), kwargs, arena, (rank,))
             for rank, part in zip(self._ranks, parts, strict=True)
@@ -128,10 +139,11 @@ class View:
         Each has `.rank`. A rank that fails leaves the others alone (`on_error` is "continue").
         """
         name, sent = resolve_method(method)
-        engine = self._engine
+        engine = self._seat.engine
         body = encode_call(sent, args, kwargs, engine.arena, self._ranks)
         options = self._options
-        until = deadline(options.timeout)
+        until = engine.deadline(options.timeout)
+        slow = options.slow()
         calls = tuple(
             Call(
                 name,
@@ -142,6 +154,8 @@ class View:
                 return_exceptions=options.return_exceptions,
                 on_error=options.on_error or "continue",
                 grace=options.grace,
+                timeout=options.timeout,
+                slow=slow,
             )
             for rank in self._ranks
         )
@@ -158,21 +172,12 @@ class View:
 
         Raises nothing of theirs; CallTimeout where `timeout` seconds were not enough.
         """
-        until = deadline(check_timeout(timeout))
-        engine = self._engine
+        engine = self._seat.engine
+        until = engine.deadline(check_timeout(timeout))
         call = Call("flush", b"", ())
         engine.barrier(call)
         if not engine.wait(call, until):
-            owed = engine.owed()
-            lines = [
-                f"\n  rank {rank}: owes {c.method}() (call {c.id})" for rank, c in owed.items()
-            ]
-            raise CallTimeout(
-                f"flush({timeout:g}) of {engine.name} has waited its {timeout:g} s, and the calls "
-                f"go on; waiting for {len(owed)} of {engine.world_size} ranks{''.join(lines)}",
-                method="flush",
-                missing=tuple(owed),
-            )
+            raise flush_timeout(engine, timeout or 0.0)
 
     def collective_rpc(
         self,
@@ -191,8 +196,9 @@ class View:
             raise wrong_type("kwargs", "a mapping or None", kwargs)
         rank = check_reply_from(unique_reply_rank, self._ranks, "unique_reply_rank")
         view = self.options(timeout=timeout, reply_from=rank)
-        call = view._make(method, tuple(args), dict(kwargs or {}))
-        return view._submit(call) if non_block else view._run(call)
+        engine = self._seat.engine
+        call = view._make(engine, method, tuple(args), dict(kwargs or {}))
+        return view._submit(engine, call) if non_block else view._run(engine, call)
 
     # -- other views --------------------------------------------------------------------------
 
@@ -203,6 +209,7 @@ class View:
         return_exceptions: bool = KEEP,
         on_error: Literal["fail", "continue"] = KEEP,
         grace: float = KEEP,
+        slow_after: float | None = KEEP,
     ) -> Any:
         """A view of the same ranks whose calls have these options; what is not given stays.
 
@@ -211,23 +218,25 @@ class View:
         return_exceptions: exceptions come as values, in place; waits for every rank.
         on_error: "fail": after one rank's failure the others have `grace` seconds (default 30),
             then the group breaks; "continue": they are left. By default "fail" for several ranks.
+        slow_after: seconds after which an open call is logged, once, with its ranks' stacks; `inf`:
+            never. None: after a minute, or twice the method's longest time yet, without stacks.
         """
         made = self._options.changed(
-            self._ranks, timeout, reply_from, return_exceptions, on_error, grace
+            self._ranks, timeout, reply_from, return_exceptions, on_error, grace, slow_after
         )
         bare = self._bare
         if made.reply_from is not None:
             bare = made.reply_from
         elif reply_from is not KEEP and len(self._ranks) > 1:
             bare = None
-        return make_view(self._engine, self._ranks, self._group, bare, made)
+        return make_view(self._seat, self._ranks, self._group, bare, made)
 
     def _pick(self, index: object) -> View:
         picked = pick(self._ranks, index)
         ranks = (picked,) if isinstance(picked, int) else picked
         options = self._options.narrowed(ranks)
         bare = picked if isinstance(picked, int) else options.reply_from
-        return make_view(self._engine, ranks, self._group, bare, options)
+        return make_view(self._seat, ranks, self._group, bare, options)
 
 
 class OneView(View):
@@ -241,7 +250,8 @@ class OneView(View):
     def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any: ...
     def call(self, method: object, /, *args: Any, **kwargs: Any) -> Any:
         """Run `method` on the view's ranks and wait for the value. Raises what it raised."""
-        return self._run(self._make(method, args, kwargs))
+        engine = self._seat.engine
+        return self._run(engine, self._make(engine, method, args, kwargs))
 
     @overload
     def submit(
@@ -251,7 +261,8 @@ class OneView(View):
     def submit(self, method: str, /, *args: Any, **kwargs: Any) -> GroupFuture[Any]: ...
     def submit(self, method: object, /, *args: Any, **kwargs: Any) -> GroupFuture[Any]:
         """Like `call`, but returns at once, never blocks, and gives a future."""
-        return self._submit(self._make(method, args, kwargs))
+        engine = self._seat.engine
+        return self._submit(engine, self._make(engine, method, args, kwargs))
 
     @overload
     def scatter(
@@ -266,7 +277,8 @@ class OneView(View):
     def scatter(self, method: str, parts: Sequence[Any], /, *args: Any, **kwargs: Any) -> Any: ...
     def scatter(self, method: object, parts: object, /, *args: Any, **kwargs: Any) -> Any:
         """`call`, with the i-th of `parts` before the other arguments for the i-th rank."""
-        return self._run(self._scatter(method, parts, args, kwargs))
+        engine = self._seat.engine
+        return self._run(engine, self._scatter(engine, method, parts, args, kwargs))
 
     @overload
     def __getitem__(self, index: int) -> OneView: ...
@@ -285,6 +297,7 @@ class OneView(View):
             return_exceptions: bool = ...,
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
+            slow_after: float | None = ...,
         ) -> OneView: ...
         @overload  # with reply_from=None it may be a view of several ranks again
         def options(
@@ -294,6 +307,7 @@ class OneView(View):
             return_exceptions: bool = ...,
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
+            slow_after: float | None = ...,
         ) -> Any: ...
         def options(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -320,7 +334,8 @@ class ManyView(View):
             and called as `f(worker, *args, **kwargs)`. All that follows is the method's own.
         Raises what the rank raised that failed first; see `options` for the rest.
         """
-        return self._run(self._make(method, args, kwargs))
+        engine = self._seat.engine
+        return self._run(engine, self._make(engine, method, args, kwargs))
 
     @overload
     def submit(
@@ -330,7 +345,8 @@ class ManyView(View):
     def submit(self, method: str, /, *args: Any, **kwargs: Any) -> GroupFuture[list[Any]]: ...
     def submit(self, method: object, /, *args: Any, **kwargs: Any) -> GroupFuture[Any]:
         """Like `call`, but returns at once, never blocks, and gives a future."""
-        return self._submit(self._make(method, args, kwargs))
+        engine = self._seat.engine
+        return self._submit(engine, self._make(engine, method, args, kwargs))
 
     @overload
     def scatter(
@@ -350,7 +366,8 @@ class ManyView(View):
 
         Raises ValueError where `parts` has not one item a rank.
         """
-        return self._run(self._scatter(method, parts, args, kwargs))
+        engine = self._seat.engine
+        return self._run(engine, self._scatter(engine, method, parts, args, kwargs))
 
     @overload
     def __getitem__(self, index: int) -> OneView: ...
@@ -370,6 +387,7 @@ class ManyView(View):
             return_exceptions: bool = ...,
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
+            slow_after: float | None = ...,
         ) -> OneView: ...
         @overload
         def options(
@@ -379,6 +397,7 @@ class ManyView(View):
             return_exceptions: bool = ...,
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
+            slow_after: float | None = ...,
         ) -> ManyView: ...
         @overload
         def options(
@@ -388,13 +407,14 @@ class ManyView(View):
             return_exceptions: bool = ...,
             on_error: Literal["fail", "continue"] = ...,
             grace: float = ...,
+            slow_after: float | None = ...,
         ) -> Any: ...
         def options(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def make_view(
-    engine: Engine, ranks: tuple[int, ...], group: object, bare: int | None, options: Options
+    seat: Seat, ranks: tuple[int, ...], group: object, bare: int | None, options: Options
 ) -> View:
     view: View = ManyView() if bare is None else OneView()
-    view._init_view(engine, ranks, group, bare, options)
+    view._init_view(seat, ranks, group, bare, options)
     return view

@@ -1,7 +1,7 @@
 """The worker's main: bootstrap, loop, capture, reply.
 
     launcher > main > serve_process > serve
-    channel ==frame==> receive > load > your method > Ok | Failed > encode > reply ==frame==> driver
+    channel ==frame==> receive > load > method > value | Failed > encode > reply ==frame==> driver
 
 One thread, the process's main one, receives, runs and answers; calls are run in the order in which
 they come. What your method raises is a value (`_outcome.capture`), SystemExit too. `serve` itself
@@ -15,45 +15,59 @@ import sys
 import time
 from _pickle import loads as plain_loads
 from functools import partial
+from types import CoroutineType as coroutine
 
 from rankwise import _context
 from rankwise._messages import (
     ACK,
     BOOT,
+    CALL,
     DEADLINE,
+    DUMPED,
     EXIT,
     FAILED,
+    FAILED_LENT,
     HAS_DEADLINE,
     OK,
     OK_LENT,
+    STACK_SIGNAL,
+    STACKS_SIGNAL,
     WANT_VALUE,
 )
 from rankwise._methods import method_name
-from rankwise._outcome import Failed, Ok, capture, encode_failure, format_traceback
+from rankwise._outcome import Failed, capture, encode_failure, format_traceback
+from rankwise._planned import FAULTS
 from rankwise._rankinfo import RankInfo
 from rankwise._spin import Spin
 from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SINCE
 from rankwise._status import EXIT as EXITING
 from rankwise.wire import codec
 from rankwise.wire.arena import open_arena
-from rankwise.wire.channel import TooLarge, WorkerChannel
-from rankwise.wire.lending import Lent
+from rankwise.wire.codec import encode_result
+from rankwise.wire.frames import BadFrame
+from rankwise.wire.lending import LENT, Lent
+from rankwise.wire.worker_channel import TooLarge, WorkerChannel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal as _signal
+    from _socket import socket
     from collections.abc import Callable
-    from socket import socket
-    from typing import Protocol
+    from typing import Any, Protocol
 
     from rankwise.wire.arena import Arena
+
+    Body = bytes | bytearray | memoryview
 
     class Channel(Protocol):
         """What `serve` needs of a channel."""
 
-        arena: Arena | None
-
-        def receive(self) -> tuple[int, int, int, bytes | bytearray] | None: ...
+        @property
+        def arena(self) -> Arena | None: ...
+        def receive(self) -> tuple[int, int, int, Body] | None: ...
         def reply(self, kind: int, call_id: int, body: bytes) -> None: ...
+else:
+    import _signal  # `signal` makes an enum of every number, which takes 4 ms
 
 
 # -- the loop ---------------------------------------------------------------------------------
@@ -63,42 +77,98 @@ def serve(
     channel: Channel,
     words: memoryview,
     prepare: Callable[[_context.Place, dict[str, object]], None],
+    before: Callable[[], object] | None = None,
 ) -> None:
     """Make the worker object, run the calls that come, and end it in order.
 
     `prepare` is given the rank's place and the driver's settings before any user code is loaded.
+    before: called before each method, where a test has planned faults.
     """
     made = _construct(channel, words, prepare)
     if made is None:
         return
     worker, place = made
     arena = channel.arena
+    receive = channel.receive
+    now = time.monotonic_ns
+    method: Any  # a name, or a callable that travelled by value
     while True:
+        # The whole of a call stands here, and not in functions of its own: every function, global
+        # and object that it touches is a cache line or two that ranks which share a core fetch
+        # anew for each call. (Eight ranks on two CPUs: 25 us of 140.)
         try:
-            frame = channel.receive()
+            frame = receive()
         except TooLarge as error:
             channel.reply(FAILED, error.call_id, encode_failure(Failed(error)))
             continue
-        if frame is None or frame[0] == EXIT:
+        if frame is None or frame[0] != CALL:
             break
         _, flags, call_id, body = frame
-        words[SINCE] = time.monotonic_ns()
+        words[SINCE] = now()
         words[RUNNING] = call_id
-        outcome = capture(_run, (worker, place, words, arena, flags, call_id, body), {})
-        kind, answer = _answer(outcome, place, arena, flags)
-        del outcome
-        del frame, body  # a worker that waits keeps nothing of the last call alive
+        place.method = ""
+        try:
+            if flags & HAS_DEADLINE:
+                (place.deadline,) = DEADLINE.unpack_from(body)
+                body = memoryview(body)[DEADLINE.size :]
+            else:
+                place.deadline = None
+            if body[0] == LENT and arena is not None:
+                method, args, kwargs = arena.load(body)
+            else:
+                method, args, kwargs = plain_loads(body)
+            named = type(method) is str
+            if named:
+                place.method = method
+                place.owner = worker
+            else:
+                place.method = method_name(method)
+                place.owner = None
+            place.call_id = call_id
+            if before is not None:
+                before()
+            if named:
+                value = getattr(worker, method)(*args, **kwargs)
+            else:
+                value = method(worker, *args, **kwargs)
+            if type(value) is coroutine:
+                value.close()
+                raise TypeError(
+                    f"{place.method} is an async method: rankwise runs ordinary methods only"
+                )
+            place.call_id = 0
+            if flags & WANT_VALUE:
+                kind, answer = OK, encode_result(value, arena)
+            else:
+                kind, answer = ACK, b""
+        except BaseException as error:  # a worker's exit is not the driver's
+            kind, answer = FAILED, _failed(error, place, arena)
+        # A worker that waits keeps nothing of the last call alive.
+        del frame, body
+        method = args = kwargs = value = None
         if place.forked:
             return  # a child that the method forked has come out of it: the parent answers
         if type(answer) is Lent:
-            kind = OK_LENT
+            kind = OK_LENT if kind == OK else FAILED_LENT
             answer.hold.pending.clear()  # from here on it is the driver's to let go
         channel.reply(kind, call_id, answer)
         del answer
         words[DONE] = call_id
         words[RUNNING] = 0
+    if frame is not None and frame[0] != EXIT:
+        raise BadFrame(f"a frame of kind {frame[0]} where a call was due")
     words[PHASE] = EXITING
     _leave(worker)
+
+
+def _failed(error: BaseException, place: _context.Place, arena: Arena | None) -> bytes:
+    """The body of the answer to the call that `place` was in, and that has raised `error`."""
+    place.call_id = 0
+    if not place.method:
+        if isinstance(error, Exception):
+            error.add_note("raised while the arguments were rebuilt in the worker")
+        return encode_failure(Failed(error), "", arena)
+    return encode_failure(Failed(error), place.where(), arena)
 
 
 def _construct(
@@ -107,17 +177,22 @@ def _construct(
     prepare: Callable[[_context.Place, dict[str, object]], None],
 ) -> tuple[object, _context.Place] | None:
     frame = channel.receive()
-    if frame is None or frame[0] != BOOT:
+    if frame is None or frame[0] == EXIT:
         return None
-    _, _, call_id, body = frame
+    kind, _, call_id, body = frame
+    if kind != BOOT:
+        raise BadFrame(f"a frame of kind {kind} where the first call was due")
     words[SINCE] = time.monotonic_ns()
     words[PHASE] = IMPORT
-    fields, settings, blob = plain_loads(body)
-    place = _context.Place(RankInfo(*fields))
+    try:
+        fields, settings, blob = plain_loads(body)
+        place = _context.Place(RankInfo(*fields), words)
+    except Exception as error:
+        raise BadFrame(f"a first call that is none ({type(error).__name__}: {error})") from None
     prepare(place, settings)
 
     def make() -> object:
-        target, args, kwargs = codec.loads(blob)
+        target, args, kwargs = codec.loads(blob, channel.arena)
         words[SINCE] = time.monotonic_ns()
         words[PHASE] = CONSTRUCT
         worker = target(*args, **kwargs)
@@ -127,75 +202,27 @@ def _construct(
             worker = worker if entered is None else entered
         return worker
 
-    match capture(make, (), {}):
-        case Ok(worker):
-            words[SINCE] = time.monotonic_ns()
-            words[RUNNING] = call_id  # not idle before the answer has left
-            words[PHASE] = READY
-            words[DONE] = call_id
-            channel.reply(ACK, call_id, b"")
-            words[RUNNING] = 0
-            return worker, place
-        case failed:
-            assert isinstance(failed, Failed)
-            channel.reply(FAILED, call_id, encode_failure(failed))
-            return None
-
-
-def _answer(
-    outcome: Ok | Failed, place: _context.Place, arena: Arena | None, flags: int
-) -> tuple[int, bytes]:
-    """The kind and the body of the answer to the call that `place` was in."""
-    call, place.call = place.call, None
-    if isinstance(outcome, Ok):
-        if not flags & WANT_VALUE:
-            return ACK, b""
-        try:
-            return OK, codec.encode_result(outcome.value, arena)
-        except BaseException as error:  # its own __reduce__ may even call sys.exit
-            outcome = Failed(error)
-    return FAILED, encode_failure(outcome, "" if call is None else call.where)
-
-
-def _run(
-    worker: object,
-    place: _context.Place,
-    words: memoryview,
-    arena: Arena | None,
-    flags: int,
-    call_id: int,
-    body: bytes | bytearray,
-) -> object:
-    """Run one call. Returns and raises what the user's method does."""
-    deadline = None
-    data: bytes | bytearray | memoryview = body
-    if flags & HAS_DEADLINE:
-        (deadline,) = DEADLINE.unpack_from(body)
-        data = memoryview(body)[DEADLINE.size :]
-    try:
-        method, args, kwargs = codec.loads(data, arena)
-    except Exception as error:
-        error.add_note("raised while the arguments were rebuilt in the worker")
-        raise
-    if type(method) is str:
-        place.call = _context.CurrentCall(call_id, method, deadline, words, worker)
-        value = getattr(worker, method)(*args, **kwargs)
-    else:
-        name = method_name(method)
-        place.call = _context.CurrentCall(call_id, name, deadline, words)
-        value = method(worker, *args, **kwargs)
-    if type(value).__name__ == "coroutine" and hasattr(value, "cr_frame"):
-        value.close()
-        name = place.call.method
-        raise TypeError(f"{name} is an async method: rankwise runs ordinary methods only")
-    return value
+    worker = capture(make)
+    if type(worker) is Failed:
+        answer = encode_failure(worker, "", channel.arena)
+        if type(answer) is Lent:
+            answer.hold.pending.clear()
+        channel.reply(FAILED_LENT if type(answer) is Lent else FAILED, call_id, answer)
+        return None
+    words[SINCE] = time.monotonic_ns()
+    words[RUNNING] = call_id  # not idle before the answer has left
+    words[PHASE] = READY
+    channel.reply(ACK, call_id, b"")
+    words[DONE] = call_id
+    words[RUNNING] = 0
+    return worker, place
 
 
 def _leave(worker: object) -> None:
     """The orderly end: the object's own exit, then what torch wants written."""
     leave = getattr(type(worker), "__exit__", None)
     if leave is not None and hasattr(type(worker), "__enter__"):
-        outcome = capture(leave, (worker, None, None, None), {})
+        outcome = capture(leave, worker, None, None, None)
         if isinstance(outcome, Failed):
             _print_error("rankwise: the worker's __exit__ failed", outcome.error)
     tunable = getattr(getattr(sys.modules.get("torch"), "cuda", None), "tunable", None)
@@ -225,19 +252,22 @@ def main() -> None:
 def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: str) -> None:
     """Be rank `rank`: returns when the driver says so or has gone."""
     import faulthandler
-    from socket import socket
+    from _socket import socket  # `socket` itself takes 3 ms
 
     from rankwise._status import StatusPage
 
+    faults = os.environ.pop(FAULTS, None)
     for fd in (call_fd, status_fd, crash_fd):
         os.set_inheritable(fd, False)
     # Before any user code: the stacks of a crash go to the launcher, which reads them after it.
     faulthandler.enable(crash_fd, all_threads=True)
+    _arm_stacks(crash_fd)
     _name_process(f"{name}:{rank}")
     _line_buffer()
-    sock = socket(fileno=call_fd)
+    sock = socket(-1, -1, -1, call_fd)
     channel = WorkerChannel(sock, Spin(0.0, learns=False))
     page = StatusPage(rank + 1, status_fd)
+    channel.words = page.words(rank)
 
     def prepare(place: _context.Place, settings: dict[str, object]) -> None:
         # A child that the worker forks must not keep the call channel open after its death.
@@ -249,7 +279,37 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         sys.argv[:] = settings["argv"]  # type: ignore[call-overload]
         channel.spin = Spin(*settings["spin"])  # type: ignore[misc]
 
-    serve(channel, page.words(rank), prepare)
+    seen: Channel = channel
+    before = None
+    if faults is not None:
+        from rankwise.testing._inject import arm
+
+        seen, before = arm(faults, rank, channel)
+    try:
+        serve(seen, page.words(rank), prepare, before)
+    except BadFrame as error:
+        sys.exit(f"rankwise: rank {rank} cannot go on: the driver has sent {error}")
+
+
+def _arm_stacks(fd: int) -> None:
+    """Have the stacks that are asked for written to `fd`. `_dump.py` says which, when and why."""
+    import faulthandler
+
+    def _write_stacks(number: int, frame: object) -> None:
+        try:
+            faulthandler.dump_traceback(fd, all_threads=True)
+            if len(sys._current_frames()) > 100:  # it shows so many, and the main one last
+                faulthandler.dump_traceback(fd, all_threads=False)
+            os.write(fd, DUMPED)
+        except OSError:
+            pass  # the user's code has closed it
+
+    _signal.signal(STACKS_SIGNAL, _write_stacks)
+    _signal.siginterrupt(STACKS_SIGNAL, False)  # C code that waits need not know of EINTR
+    # Ignored first: `faulthandler.unregister` brings back what was there before, and that must not
+    # be the default action, which kills.
+    _signal.signal(STACK_SIGNAL, _signal.SIG_IGN)
+    faulthandler.register(STACK_SIGNAL, fd, all_threads=False)
 
 
 def _leave_child(sock: socket, channel: WorkerChannel, place: _context.Place) -> None:
@@ -273,11 +333,15 @@ def _line_buffer() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(line_buffering=True)
-    import ctypes
+    # Not `ctypes`, which takes a millisecond and more.
+    from _ctypes import _SimpleCData, call_function, dlopen, dlsym
 
-    libc = ctypes.CDLL(None)
+    class Pointer(_SimpleCData):  # type: ignore[type-arg]
+        _type_ = "P"
+
+    libc = dlopen(None, 0)  # type: ignore[arg-type]
     try:
-        stdout = ctypes.c_void_p.in_dll(libc, "stdout")
-        libc.setvbuf(stdout, None, 1, 0)  # 1 is _IOLBF, in glibc and in musl
-    except (AttributeError, ValueError):
+        stdout = Pointer.from_address(dlsym(libc, "stdout"))
+        call_function(dlsym(libc, "setvbuf"), (stdout, None, 1, 0))  # 1: _IOLBF, in glibc and musl
+    except OSError:
         pass  # a C library that keeps it elsewhere: its lines come late, that is all

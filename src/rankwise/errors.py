@@ -109,13 +109,19 @@ class StartupError(WorkerGroupError):
 
 
 class StartupTimeout(StartupError, TimeoutError):
-    """`start_timeout` ran out. `phases` maps each rank that is not ready to where it stands."""
+    """`start_timeout` ran out. Each of these maps the ranks that are not ready:
+
+    phases: to where each stands. stacks: to its Python stacks, None where there are none.
+    last_lines: to the last line that it wrote to its descriptors 1 and 2; "" if none.
+    """
 
     def __init__(
         self,
         message: str,
         *,
         phases: Mapping[int, str] | None = None,
+        stacks: Mapping[int, str | None] | None = None,
+        last_lines: Mapping[int, str] | None = None,
         rank: int | None = None,
         phase: str = "spawn",
         exitcode: int | None = None,
@@ -123,6 +129,8 @@ class StartupTimeout(StartupError, TimeoutError):
     ) -> None:
         super().__init__(message, rank=rank, phase=phase, exitcode=exitcode, log_tail=log_tail)
         self.phases = dict(phases or {})
+        self.stacks = dict(stacks or {})
+        self.last_lines = dict(last_lines or {})
 
 
 class GroupBroken(WorkerGroupError, BrokenExecutor):
@@ -231,10 +239,15 @@ class RemoteError(WorkerGroupError):
 class CallTimeout(WorkerGroupError, TimeoutError):
     """A call's deadline passed, or a waiter's patience ran out.
 
-    answered: the ranks whose answers had come. missing: the others.
-    states: for each missing rank what it is doing: "running" (this call), "queued" (it has not
-        begun it), "stopped" (SIGSTOP), "closing" or "dead".
-    seconds: for each missing rank, how long it has been running (0.0 where it has not begun).
+    answered: the ranks whose answers had come. missing: the others. The rest has each of these:
+    states: what it was doing: "running" (this call), "queued" (it had not begun it), "stopped"
+        (SIGSTOP), "starting", "closing" or "dead".
+    seconds: how long it had been running it (0.0 where it had not begun).
+    cpu: how many cores its process kept busy in the last half second (1.0: one); None: not known.
+    stacks: its Python stacks at the deadline, as faulthandler writes them (see RankStack); None
+        where there are none. Always None where it was only patience that ran out.
+    reasons: why there is no stack, where one was asked for.
+    last_lines: the last line that it wrote to its descriptors 1 and 2; "" if none is known.
     """
 
     def __init__(
@@ -246,6 +259,10 @@ class CallTimeout(WorkerGroupError, TimeoutError):
         missing: Sequence[int] = (),
         states: Mapping[int, str] | None = None,
         seconds: Mapping[int, float] | None = None,
+        cpu: Mapping[int, float | None] | None = None,
+        stacks: Mapping[int, str | None] | None = None,
+        reasons: Mapping[int, str] | None = None,
+        last_lines: Mapping[int, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.method = method
@@ -253,6 +270,10 @@ class CallTimeout(WorkerGroupError, TimeoutError):
         self.missing = tuple(missing)
         self.states = dict(states or {})
         self.seconds = dict(seconds or {})
+        self.cpu = dict(cpu or {})
+        self.stacks = dict(stacks or {})
+        self.reasons = dict(reasons or {})
+        self.last_lines = dict(last_lines or {})
 
 
 class SerializationError(WorkerGroupError, TypeError):

@@ -207,7 +207,7 @@ def test_it_can_be_wrapped_for_asyncio(group):
 @awaits
 def test_a_deadline_reaches_who_awaits(group, gate):
     async def main():
-        with pytest.raises(CallTimeout, match="its deadline passed"):
+        with pytest.raises(CallTimeout, match=r"0 of 3 answers after 0\.1 s"):
             async with asyncio.timeout(10):
                 await group.options(timeout=0.1).submit(Worker.pass_gate, gate.path)
         await asyncio.to_thread(gate.open, 0, 1, 2)

@@ -1,4 +1,4 @@
-"""What needs a GPU: nccl, the choice of the device, one visible device a rank.
+"""What needs a GPU: nccl, the choice of the device, one visible device a rank, tensors on a GPU.
 
 Everything here is skipped where there is none. With one GPU the groups have one rank.
 """
@@ -9,6 +9,8 @@ import glob
 import importlib.util
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import cloudpickle
 import pytest
@@ -122,3 +124,163 @@ def test_more_ranks_than_gpus_are_told():
     told = pytest.raises(RuntimeError, match=f"rank {GPUS} of workers has device {GPUS}")
     with WorkerGroup(Rank, GPUS + 1, args=(False,), devices="shared") as group, told:
         group[GPUS].call(Rank.join)
+
+
+# -- tensors as arguments and results ----------------------------------------------------------
+
+
+class Holder:
+    """In a driver of its own, so that the tests' stays clean of CUDA, it holds what it is given."""
+
+    def __init__(self, given: object = None) -> None:
+        self.kept: object = given
+
+    def add(self, tensor, number):
+        tensor += number
+        self.kept = tensor
+        return float(tensor.sum()), str(tensor.device)
+
+    def total(self):
+        return float(self.kept.sum())
+
+    def make(self, size, value, index=0):
+        import torch
+
+        return torch.full((size,), float(value), device=f"cuda:{index}")
+
+    def used(self):
+        """Bytes of this rank's tensors on its GPU."""
+        import gc
+
+        import torch
+
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+
+def drive(body: str, seconds: float = 240.0) -> None:
+    """Run `body`, with `Holder`, in a driver of its own, which may have a CUDA context."""
+    source = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import gc, torch
+from rankwise import RemoteError, WorkerGroup, per_rank
+from test_cuda import GPUS, Holder
+def raises(kind, call):
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    raise AssertionError("nothing was raised")
+{textwrap.dedent(body)}
+print("all of it")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=seconds, check=False
+    )
+    assert done.stdout.endswith("all of it\n"), done.stderr
+
+
+@pytest.mark.parametrize("size", [1, 1000, 50_000_000])
+def test_a_gpu_tensor_arrives_and_is_each_ranks_own(size):
+    drive(f"""
+    with WorkerGroup(Holder, 3, devices=[0, 0, 0]) as group:
+        for value in range(1, 4):
+            given = torch.full(({size},), float(value), device="cuda:0")
+            future = group.submit("add", given, 1)
+            given += 50  # in the stream's order, which comes after the copy
+            for total, device in future.result():
+                assert abs(total / {size} - value - 1) < 1e-3, total
+                assert device == "cuda:0"
+            assert abs(float(given.mean()) - value - 50) < 1e-3
+        group[0].call("add", torch.zeros({size}, device="cuda:0"), 0)
+        assert abs(group[2].call("total") / {size} - 4) < 1e-3
+    """)
+
+
+def test_results_on_a_gpu_arrive_and_outlive_their_rank():
+    drive("""
+    with WorkerGroup(Holder, 1, devices=[0]) as group:
+        kept = [group[0].call("make", 1000 + n, n) for n in range(20)]
+        views = group[0].call(lambda worker: torch.arange(64.0, device="cuda").reshape(8, 8).T)
+    for n, tensor in enumerate(kept):
+        tensor += 1
+        assert tensor.device.type == "cuda" and float(tensor.sum()) == (1000 + n) * (n + 1)
+    assert torch.equal(views.cpu(), torch.arange(64.0).reshape(8, 8).T)
+    """)
+
+
+def test_what_was_sent_is_freed_on_both_sides():
+    drive("""
+    MB = 1 << 20
+    with WorkerGroup(Holder, 2, devices=[0, 0]) as group:
+        for _ in range(20):
+            group.call("add", torch.ones(25 * MB, device="cuda:0"), 1)  # 100 MB each
+            group.submit("make", 25 * MB, 1)  # which nobody fetches
+            group.flush()
+            gc.collect()
+        group.call("add", torch.ones(1, device="cuda:0"), 1)
+        group.call("make", 1, 1)
+        assert torch.cuda.memory_allocated() <= 201 * MB, torch.cuda.memory_allocated()
+        assert max(group.call("used")) <= 201 * MB, group.call("used")
+    """)
+
+
+def test_dtypes_layouts_and_parameters_on_a_gpu_arrive():
+    drive("""
+    def echo(worker, *values):
+        return values
+    with WorkerGroup(Holder, 1, devices=[0]) as group:
+        base = torch.arange(64.0, device="cuda:0").reshape(8, 8)
+        sent = [base, base.T, base[::2, 1:5], base[0].expand(5, 8), base[:0], base[3, 3]]
+        kinds = (torch.bfloat16, torch.int8, torch.complex64, torch.bool)
+        sent += [base.to(kind) for kind in kinds]
+        sent += [torch.nn.Parameter(base.clone()), base.clone().requires_grad_(), base.cpu()]
+        for one, got in zip(sent, group[0].call(echo, *sent)):
+            assert torch.equal(one.cpu(), got.cpu()) and one.dtype == got.dtype
+            assert type(one) is type(got) and one.requires_grad == got.requires_grad
+            assert one.device == got.device
+        twice = group[0].call(lambda worker, one, two: one is two, base, base)
+        assert twice
+    """)
+
+
+def test_a_constructor_argument_on_a_gpu_arrives():
+    drive("""
+    with WorkerGroup(Holder, 2, args=(torch.full((1000,), 3.0, device="cuda:0"),)) as group:
+        assert group.call("total") == [3000.0] * 2
+    """)
+
+
+def test_a_rank_that_does_not_see_the_gpu_says_so_and_goes_on():
+    drive("""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    with WorkerGroup(Holder, 1, env=hidden) as group:
+        said = raises(RuntimeError, lambda: group[0].call("add", torch.ones(5, device="cuda:0"), 1))
+        assert "does not see: it sees no GPU" in said, said
+        assert group[0].call("add", torch.ones(5), 1) == (10.0, "cpu")
+    """)
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+def test_the_gpu_is_found_under_whatever_index_the_rank_has_it():
+    drive("""
+    with WorkerGroup(Holder, 2, devices=[1, 0]) as group:
+        total, device = group[0].call("add", torch.ones(5, device="cuda:1"), 1)
+        assert (total, device) == (10.0, "cuda:0")
+        got = group[0].call("make", 5, 2)
+        assert got.device.index == 1 and float(got.sum()) == 10
+        said = raises(RuntimeError, lambda: group[1].call("add", torch.ones(5, device="cuda:1"), 1))
+        assert "does not see" in said, said
+    """)
+
+
+def test_a_driver_that_does_not_see_the_gpu_is_told_so():
+    drive("""
+    import os
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    with WorkerGroup(Holder, 1, env={"CUDA_VISIBLE_DEVICES": "0"}) as group:
+        said = raises(RemoteError, lambda: group[0].call("make", 5, 1))
+        assert "could not be rebuilt in the driver" in said and "sees no GPU" in said, said
+        assert group[0].call("used") >= 0
+    """)

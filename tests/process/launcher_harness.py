@@ -165,7 +165,17 @@ class Group:
         self.process = subprocess.Popen(
             [
                 *(wrapper or []),
-                *(sys.executable, *flags, "-c", LAUNCHER, str(root), "g", str(fds[0]), str(driver)),
+                *(
+                    sys.executable,
+                    *flags,
+                    "-c",
+                    LAUNCHER,
+                    str(root),
+                    "g",
+                    str(fds[0]),
+                    str(driver),
+                    "-1",
+                ),
             ],
             stdin=subprocess.DEVNULL,
             stderr=stderr,

@@ -220,7 +220,7 @@ def test_an_answer_that_was_given_before_the_death_arrives(group):
     """The answer to a call is not thrown away because the exit is heard of first."""
 
     def answer_and_die(worker):
-        from rankwise.wire.channel import WorkerChannel
+        from rankwise.wire.worker_channel import WorkerChannel
 
         real = WorkerChannel.reply
 
@@ -243,7 +243,7 @@ def test_an_answer_that_was_given_before_the_death_arrives(group):
 
 def lose_the_reply(worker, counted):
     """Have this call's answer go nowhere. `counted`: the next one shows a gap."""
-    from rankwise.wire.channel import WorkerChannel
+    from rankwise.wire.worker_channel import WorkerChannel
 
     real = WorkerChannel.reply
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from rankwise._calls import Call
 from rankwise._messages import ACK, CALL, FAILED, HEADER, MAGIC, OK
 from rankwise._spin import Spin
-from rankwise.wire.channel import HEADER_SIZE, BadFrame, DriverChannel, WorkerChannel
+from rankwise.wire.channel import DriverChannel
+from rankwise.wire.frames import HEADER_SIZE, BadFrame
+from rankwise.wire.worker_channel import WorkerChannel
 
 kinds = st.sampled_from((OK, FAILED, ACK))
 # Around the sizes at which something changes: joined frames, one receive, a socket's buffer.

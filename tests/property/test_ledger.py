@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 
 from rankwise import _ledger
 from rankwise._calls import Broken, Call, Cancelled, Closed, Expired, Garbled, Lost, Stuck
-from rankwise._ledger import FAILURE_PAUSE, Ledger
+from rankwise._ledger import EXPLAIN_PAUSE, FAILURE_PAUSE, Ledger
 from rankwise._messages import ACK, FAILED, OK
 
 WINDOW_CALLS = 3
@@ -47,10 +47,11 @@ class Machine(RuleBasedStateMachine):
 
     interrupts = False
 
-    @initialize(size=ranks_of_a_group)
-    def start(self, size: int) -> None:
+    @initialize(size=ranks_of_a_group, explains=st.booleans())
+    def start(self, size: int, explains: bool) -> None:
         self.size = size
         self.ledger = Ledger(size)
+        self.ledger.explains = explains
         self.now = 1000.0
         self.placed: list[Call] = []
         self.barriers: list[tuple[Call, list[Call]]] = []
@@ -62,6 +63,7 @@ class Machine(RuleBasedStateMachine):
         self.cancelled: set[Call] = set()
         self.gone: set[int] = set()
         self.failed_at: dict[Call, float] = {}
+        self.late: dict[Call, float] = {}  # calls whose deadline was seen to have passed, and when
 
     # How an event reaches the ledger; the other machine strikes it.
     def event(self, name: str, *args: Any) -> Any:
@@ -97,6 +99,7 @@ class Machine(RuleBasedStateMachine):
             bytes(draw(st.sampled_from((1, 5, 15, 30, 100)))),
             ranks,
             deadline=None if timeout is None else self.now + timeout,
+            slow=draw(st.sampled_from((None, None, (), (self.now + 0.01, 0.01)))),
             reply_from=reply_from,
             return_exceptions=draw(st.booleans()),
             on_error=draw(st.sampled_from(("fail", "continue"))),
@@ -149,10 +152,12 @@ class Machine(RuleBasedStateMachine):
         """An answer that nobody waits for: a second one, or one to a call that never was."""
         rank = data.draw(st.sampled_from(range(self.size)))
         known = [call.id for call in self.received[rank][: self.answered[rank]]]
-        call_id = data.draw(st.sampled_from(known)) if known else 10**9 + number
-        late = self.ledger.late
+        again = bool(known) and number > 10**5
+        call_id = data.draw(st.sampled_from(known)) if again else 10**9 + number
+        late, alive = self.ledger.late, self.alive()
         self.event("reply", rank, call_id, OK, b"nonsense", self.now)
         assert self.ledger.late > late
+        assert self.alive() is (alive and again), "it was never sent: the group breaks"
 
     @precondition(lambda self: self.placed)
     @rule(data=st.data())
@@ -180,7 +185,11 @@ class Machine(RuleBasedStateMachine):
         assert timer is None or timer > self.now
         for call in self.placed:
             if call.deadline is not None and call.deadline <= self.now:
-                assert call.done, "its deadline has passed"
+                assert call.done or self.ledger.explains, "its deadline has passed"
+                assert call.error is not None or call.done, "nothing else can come of it"
+                self.late.setdefault(call, self.now)
+            if call in self.late and self.late[call] + EXPLAIN_PAUSE <= self.now:
+                assert call.done, "whether or not it could be explained"
             failed = self.failed_at.get(call)
             if failed is None or call.return_exceptions or len(call.ranks) == 1:
                 continue
@@ -188,6 +197,23 @@ class Machine(RuleBasedStateMachine):
                 assert call.done, "50 ms after the first failure"
             if call.on_error == "fail" and failed + call.grace <= self.now:
                 assert call.ended, "the grace is over: the rest have left it, or the group broke"
+
+    @rule(number=st.integers(1, 3))
+    def explain(self, number: int) -> None:
+        """The owner has found out what some overdue calls wait for, or has taken its time."""
+        for _ in range(min(number, len(self.ledger.overdue))):
+            call = self.ledger.overdue.popleft()
+            assert call.deadline is not None and call.deadline <= self.now
+            self.event("explained", call)
+            assert call.done or self.interrupts
+            if not self.interrupts and self.alive() and not call.begun:
+                assert call.ended
+
+    @rule()
+    def take_slow(self) -> None:
+        while self.ledger.slow:
+            call = self.ledger.slow.popleft()
+            assert call.slow and call.slow[0] <= self.now
 
     @rule(data=st.data())
     def hangup(self, data: st.DataObject) -> None:
@@ -315,6 +341,9 @@ class Machine(RuleBasedStateMachine):
         """Every rank answers or dies: then every call has been settled."""
         if not hasattr(self, "ledger"):
             return
+        self.ledger.explains = False
+        for call in self.ledger.overdue:
+            self.event("explained", call)
         for _ in range(10 * len(self.placed) + 10):
             for rank in range(self.size):
                 if rank in self.gone:
@@ -513,6 +542,14 @@ def new_calls() -> tuple[Call, ...]:
     return made
 
 
+def explain(ledger: Ledger) -> None:
+    """Deadlines pass, and their owner finds out what the calls wait for."""
+    ledger.explains = True
+    ledger.expire(60.0)
+    for call in list(ledger.overdue):
+        ledger.explained(call)
+
+
 # What is struck, and whether its owner comes again with the same event: a frame that was not
 # consumed, a timer that is still due. A caller that was struck need not.
 EVENTS: dict[str, tuple[Any, bool]] = {
@@ -526,6 +563,7 @@ EVENTS: dict[str, tuple[Any, bool]] = {
     "reply": (lambda ledger, calls: ledger.reply(0, 1, OK, b"1 of 0", 10.0), True),
     "failing reply": (lambda ledger, calls: ledger.reply(0, 1, FAILED, b"1 of 0", 10.0), True),
     "expire": (lambda ledger, calls: ledger.expire(60.0), True),
+    "explained": (lambda ledger, calls: explain(ledger), True),
     "died": (lambda ledger, calls: ledger.died(0, None), True),
     "hangup": (lambda ledger, calls: ledger.hangup(0, 10.0), True),
     "break_group": (lambda ledger, calls: ledger.break_group(Garbled(0, "test")), True),

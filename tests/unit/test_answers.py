@@ -6,10 +6,11 @@ import types
 
 import pytest
 
-from rankwise._answers import broken, explain, take, timeout_error
+from rankwise._answers import broken, explain, slow_text, take, timeout_error
 from rankwise._calls import Broken, Call, Cancelled, Closed, Expired, Garbled, Lost, Stuck
 from rankwise._messages import ACK, FAILED, OK, Exited
 from rankwise._outcome import Failed, encode_failure
+from rankwise._report import RankReport
 from rankwise.errors import (
     CallTimeout,
     GroupBroken,
@@ -24,17 +25,37 @@ from rankwise.wire.codec import encode_result
 class FakeRanks:
     def __init__(self):
         self.states = {}
+        self.pids = {}
+        self.reports = {}
 
     def pid(self, rank):
         return 100 + rank
+
+    def phase(self, rank):
+        return "ready"
+
+    def running(self, rank):
+        return 9
 
     def state(self, rank, call_id=None):
         return self.states.get(rank, ("running", 2.04))
 
 
+def make_engine(name, world_size):
+    owed = dict.fromkeys(range(world_size), make_call())
+    return types.SimpleNamespace(
+        name=name,
+        outlook=None,
+        world_size=world_size,
+        ranks=FakeRanks(),
+        arena=None,
+        owed=lambda: owed,
+    )
+
+
 @pytest.fixture
 def engine():
-    return types.SimpleNamespace(name="gpt", world_size=3, ranks=FakeRanks(), arena=None)
+    return make_engine("gpt", 3)
 
 
 def make_call(*answers, error=None, **options):
@@ -118,27 +139,63 @@ def test_a_result_that_cannot_be_rebuilt(engine):
 
 def test_a_deadline_that_passed(engine):
     engine.ranks.states = {1: ("running", 2.04), 2: ("stopped", 7.0)}
-    call = make_call(ok(0, 1), error=Expired((1, 2)))
+    call = make_call(ok(0, 1), error=Expired((1, 2)), timeout=30)
     with pytest.raises(CallTimeout) as caught:
         take(call, engine)
     assert str(caught.value) == (
-        "forward() of gpt has 1 of 3 answers: its deadline passed; waiting for ranks 1, 2\n"
+        "forward() has 1 of 3 answers after 30.0 s; waiting for ranks 1, 2 of gpt\n"
         "  rank 1: pid 101, running forward() for 2.0 s\n"
-        "  rank 2: pid 102, stopped"
+        "  rank 2: pid 102, stopped in forward() for 7.0 s"
     )
     assert caught.value.states == {1: "running", 2: "stopped"}
     assert caught.value.seconds == {1: 2.04, 2: 7.0}
     assert (caught.value.answered, caught.value.missing) == ((0,), (1, 2))
 
 
+def test_a_deadline_is_told_with_what_was_found_out_when_it_passed(engine):
+    expired = Expired((1,))
+    stack = 'Stack (most recent call first):\n  File "/a/shard.py", line 88 in all_reduce\n'
+    expired.reports = {
+        1: RankReport(
+            1, 4127, "running", process="S", running=9, seconds=29.84, method="load",
+            cpu=0.031, stack=stack, last_line="compiling kernels",
+        ),
+    }  # fmt: skip
+    call = Call("load", b"", (0, 1), timeout=30.0)
+    call.id = 9
+    call.answers = dict([ok(0, 1)])
+    call.error = expired
+    with pytest.raises(CallTimeout) as caught:
+        take(call, engine)
+    error = caught.value
+    assert str(error) == (
+        "load() has 1 of 2 answers after 30.0 s; waiting for rank 1 of gpt\n"
+        "  rank 1: pid 4127, running load() for 29.8 s, in shard.py:88 all_reduce; "
+        'last line: "compiling kernels"; asleep, 3% CPU'
+    )
+    assert (error.answered, error.missing) == ((0,), (1,))
+    assert (error.states, error.seconds) == ({1: "running"}, {1: 29.84})
+    assert (error.cpu, error.stacks) == ({1: 0.031}, {1: stack})
+    assert (error.last_lines, error.reasons) == ({1: "compiling kernels"}, {})
+
+
+def test_a_slow_call_is_told_like_a_late_one(engine):
+    reports = {2: RankReport(2, 102, "running", running=9, seconds=61.0, method="load")}
+    assert slow_text(make_call(ok(0, 1), ok(1, 1)), engine, 60.0, reports) == (
+        "forward() takes longer than 60.0 s: it has 2 of 3 answers; waiting for rank 2 of gpt\n"
+        "  rank 2: pid 102, running forward() for 61.0 s"
+    )
+
+
 def test_many_missing_ranks_are_not_all_listed_in_the_first_line():
-    engine = types.SimpleNamespace(name="big", world_size=20, ranks=FakeRanks())
+    engine = make_engine("big", 20)
     call = Call("load", b"", tuple(range(20)))
+    call.id = 9
     error = timeout_error(call, engine, "why")
     first = str(error).splitlines()[0]
     assert first == (
-        "load() of big has 0 of 20 answers: why; waiting for ranks "
-        "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, ..."
+        "load() has 0 of 20 answers: why; waiting for ranks "
+        "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, ... of big"
     )
     assert error.missing == tuple(range(20))
 

@@ -19,7 +19,7 @@ PYPROJECT = TESTS.parent / "pyproject.toml"
 BEGINNING = """
 import mmap, os, pathlib, select, signal, socket, subprocess, sys, tempfile, threading, time
 import pytest
-import leaks
+from rankwise.testing import _leaks as leaks
 
 leaks.SETTLING = 0.05
 kept = []
@@ -28,7 +28,7 @@ kept = []
 
 def run_pytest(folder: Path, tests: str, *options: str) -> subprocess.CompletedProcess[str]:
     """Run `tests` under copies of the machinery's files, as an ordinary run of pytest."""
-    for name in ("conftest.py", "leaks.py", "outer_limit.py"):
+    for name in ("conftest.py", "outer_limit.py"):
         shutil.copy(TESTS / name, folder)
     (folder / "test_inner.py").write_text(BEGINNING + textwrap.dedent(tests))
     command = [sys.executable, "-m", "pytest", "-c", str(PYPROJECT), "--rootdir", str(folder)]

@@ -99,8 +99,22 @@ EXAMPLES = {
         {"rank": 1, "phase": "construct", "exitcode": 3, "exit_status": 3, "log_tail": "t"},
     ),
     "StartupTimeout": (
-        lambda: StartupTimeout("a", phases={0: "import", 2: "spawn"}, rank=0, phase="import"),
-        {"phases": {0: "import", 2: "spawn"}, "rank": 0, "phase": "import", "exitcode": None},
+        lambda: StartupTimeout(
+            "a",
+            phases={0: "import", 2: "spawn"},
+            stacks={0: "File ...", 2: None},
+            last_lines={0: "loading", 2: ""},
+            rank=0,
+            phase="import",
+        ),
+        {
+            "phases": {0: "import", 2: "spawn"},
+            "stacks": {0: "File ...", 2: None},
+            "last_lines": {0: "loading", 2: ""},
+            "rank": 0,
+            "phase": "import",
+            "exitcode": None,
+        },
     ),
     "GroupBroken": (lambda: GroupBroken("a"), {"first": None}),
     "WorkerDied": (
@@ -137,6 +151,10 @@ EXAMPLES = {
             missing=[1, 2],
             states={1: "running", 2: "stopped"},
             seconds={1: 2.5, 2: 0.0},
+            cpu={1: 0.5, 2: None},
+            stacks={1: "File ...", 2: None},
+            reasons={2: "it is stopped"},
+            last_lines={1: "loading", 2: ""},
         ),
         {
             "method": "load",
@@ -144,6 +162,10 @@ EXAMPLES = {
             "missing": (1, 2),
             "states": {1: "running", 2: "stopped"},
             "seconds": {1: 2.5, 2: 0.0},
+            "cpu": {1: 0.5, 2: None},
+            "stacks": {1: "File ...", 2: None},
+            "reasons": {2: "it is stopped"},
+            "last_lines": {1: "loading", 2: ""},
         },
     ),
     "SerializationError": (

@@ -24,29 +24,33 @@ SOURCE = REPOSITORY / "src"
 # From the top down. The first word says what a row is. `name.*` is a whole package, whose files may
 # import each other, but not in a circle.
 LAYERS = (
-    ("other ways in", "torch", "compat.*", "cli.*", "testing"),
+    ("other ways in", "torch", "compat.*", "cli.*", "testing.*"),
     ("the public names", ""),
     ("the user's verbs", "_group"),
+    ("where its engine sits", "_seat"),
     ("their parts", "_start", "_views", "_health", "_shared_array"),
+    ("py-spy, where it is there", "_pyspy"),
     ("the choice of an engine", "backends"),
     ("engines", "backends.local", "backends.inline", "backends.ray"),
     ("what engines share", "backends.boot", "backends.ending"),
-    ("the launcher's driver", "backends.launching", "backends.link"),
+    ("the launcher's driver", "backends.launching", "backends.link", "backends.reports"),
     ("threads and ends", "_lifetime", "_keeper", "_callbacks", "logs.show"),
     ("the pump", "_pump"),
     ("its lead, loops and sockets", "_lead", "_port", "_sockets"),
-    ("futures and the ledger", "_future", "_ledger", "_ranks"),
+    ("futures and the ledger", "_future", "_ledger", "_lookout", "_ranks"),
     ("answers", "_answers", "_options", "_engine"),
-    ("calls", "_background", "_calls", "_shielded"),
+    ("what a wait is for", "_report"),
+    ("calls", "_background", "_calls", "_shielded", "_slow"),
     ("the launcher", "_launcher"),
-    ("its parts", "_preload", "_reaper", "_log_pipes"),
+    ("its parts", "_dump", "_preload", "_reaper", "_log_pipes"),
     ("making a process", "_spawn"),
     ("the worker", "_worker"),
     ("user code, as a value", "_outcome", "_methods", "_context"),
     ("the wire's slow path", "wire.culprit"),
     ("its walk", "wire.parts"),
-    ("definitions on the wire, and tensors", "wire.byvalue", "wire.tensors"),
-    ("the wire", "wire.codec", "wire.channel", "wire.control", "logs.lines"),
+    ("definitions on the wire, and tensors", "wire.byvalue", "wire.gpu", "wire.tensors"),
+    ("the wire", "wire.codec", "wire.channel", "wire.worker_channel", "wire.control", "logs.lines"),
+    ("frames", "wire.frames"),
     ("large payloads", "wire.arena"),
     ("their readers", "wire.borrowing"),
     ("their writer", "wire.lending"),
@@ -54,9 +58,10 @@ LAYERS = (
     ("its parts", "wire.blocks", "wire.mapping"),
     ("what a rank finds", "_environment"),
     ("what a group is", "_spec"),
+    ("what it inherits, and when it starts again", "_inherited", "_restart"),
     (
-        "the ground", "_checks", "_procfs", "_rankinfo", "_spin", "_status", "_messages",
-        "_deadline", "_interrupts", "errors", "wire", "logs",
+        "the ground", "_checks", "_cpu", "_procfs", "_rankinfo", "_spin", "_stacks", "_status",
+        "_messages", "_deadline", "_interrupts", "_planned", "errors", "wire", "logs",
     ),
 )  # fmt: skip
 
@@ -64,21 +69,26 @@ LAYERS = (
 UPWARD = {
     ("wire.codec", "wire.byvalue"): "the slow path, which most calls never need",
     ("wire.codec", "wire.tensors"): "torch, where it is there and a tensor is sent",
+    ("wire.codec", "wire.gpu"): "the same, where it lies in a GPU's memory",
     ("wire.codec", "wire.culprit"): "the slow path, when something cannot travel",
+    ("_worker", "testing._inject"): "a rank that a test has planned faults for",
+    ("backends.inline", "testing._inject"): "likewise, in a thread",
 }
 
 # A child must start fast and the launcher must stay clean, so their imports are counted: no more
 # than these, whatever lies below them.
 CHILDREN = {
     "_worker": {
-        "_context", "_messages", "_methods", "_outcome", "_rankinfo", "_spin", "_status",
-        "wire.arena", "wire.channel", "wire.codec", "wire.lending",
+        "_context", "_messages", "_methods", "_outcome", "_planned", "_rankinfo", "_spin",
+        "_status", "testing._inject", "wire.arena", "wire.codec", "wire.frames", "wire.lending",
+        "wire.worker_channel",
     },
     "_launcher": {
-        "_deadline", "_log_pipes", "_messages", "_preload", "_procfs", "_reaper", "_spawn",
+        "_deadline", "_dump", "_log_pipes", "_messages", "_preload", "_procfs", "_reaper", "_spawn",
         "_worker", "wire.control",
     },
     "_preload": {"_deadline", "_procfs", "_spawn", "wire.control"},
+    "_dump": {"_deadline", "_messages", "_procfs"},
     "_reaper": {"_deadline", "_messages", "_procfs", "_spawn"},
     "_log_pipes": {"logs.lines"},
     "_spawn": {"logs.lines"},
@@ -88,9 +98,10 @@ CHILDREN = {
 OTHERS = {
     "cloudpickle": ["wire.byvalue"],
     "numpy": ["_shared_array"],
+    "pytest": ["testing.plugin"],
     "ray": ["backends.ray"],
     # The drop-in sets torch's threads, as the original does, if torch is there.
-    "torch": ["torch", "compat._vllm_environment", "wire.tensors"],
+    "torch": ["torch", "compat._vllm_environment", "wire.gpu", "wire.tensors"],
 }
 
 # 5 ms or more each, or thread starters; a rank and its launcher do without until they need them.

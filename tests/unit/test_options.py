@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankwise._deadline import clock
 from rankwise._options import DEFAULTS, KEEP, Options, pick
 
 RANKS = (4, 2, 7)
 
 
 def change(options, ranks=RANKS, **given):
-    names = ("timeout", "reply_from", "return_exceptions", "on_error", "grace")
+    names = ("timeout", "reply_from", "return_exceptions", "on_error", "grace", "slow_after")
     assert set(given) <= set(names)
     return options.changed(ranks, *(given.get(name, KEEP) for name in names))
 
@@ -24,23 +25,49 @@ def fields(options):
         options.return_exceptions,
         options.on_error,
         options.grace,
+        options.slow_after,
     )
 
 
 def test_defaults():
-    assert fields(DEFAULTS) == (None, None, False, None, 30.0)
+    assert fields(DEFAULTS) == (None, None, False, None, 30.0, None)
 
 
 def test_what_is_not_given_stays():
-    options = Options(5.0, 2, True, "fail", 1.0)
+    options = Options(5.0, 2, True, "fail", 1.0, 9.0)
     assert fields(change(options)) == fields(options)
-    assert fields(change(options, timeout=None)) == (None, 2, True, "fail", 1.0)
-    assert fields(change(options, reply_from=7)) == (5.0, 7, True, "fail", 1.0)
-    assert fields(change(options, reply_from=None)) == (5.0, None, True, "fail", 1.0)
-    assert fields(change(options, return_exceptions=False)) == (5.0, 2, False, "fail", 1.0)
-    assert fields(change(options, on_error="continue")) == (5.0, 2, True, "continue", 1.0)
-    assert fields(change(options, grace=0)) == (5.0, 2, True, "fail", 0.0)
-    assert fields(options) == (5.0, 2, True, "fail", 1.0), "nobody changes one"
+    assert fields(change(options, timeout=None)) == (None, 2, True, "fail", 1.0, 9.0)
+    assert fields(change(options, reply_from=7)) == (5.0, 7, True, "fail", 1.0, 9.0)
+    assert fields(change(options, reply_from=None)) == (5.0, None, True, "fail", 1.0, 9.0)
+    assert fields(change(options, return_exceptions=False)) == (5.0, 2, False, "fail", 1.0, 9.0)
+    assert fields(change(options, on_error="continue")) == (5.0, 2, True, "continue", 1.0, 9.0)
+    assert fields(change(options, grace=0)) == (5.0, 2, True, "fail", 0.0, 9.0)
+    assert fields(change(options, slow_after=None)) == (5.0, 2, True, "fail", 1.0, None)
+    assert fields(options) == (5.0, 2, True, "fail", 1.0, 9.0), "nobody changes one"
+
+
+def test_slow_after_as_a_call_has_it():
+    assert DEFAULTS.slow() is None, "the group's own limit"
+    assert change(DEFAULTS, slow_after=float("inf")).slow() == (), "never"
+    before = clock()
+    when, seconds = change(DEFAULTS, slow_after=2).slow()
+    assert seconds == 2.0
+    assert before + 2.0 <= when <= clock() + 2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (0, ValueError),
+        (-1, ValueError),
+        (float("nan"), ValueError),
+        ("1", TypeError),
+        (True, TypeError),
+    ],
+)
+def test_a_wrong_slow_after_names_the_option(value, error):
+    with pytest.raises(error, match="slow_after must be"):
+        change(DEFAULTS, slow_after=value)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 3, 99])
@@ -51,9 +78,9 @@ def test_reply_from_must_be_of_the_view(rank):
 
 
 def test_a_part_drops_a_reply_from_that_is_not_in_it():
-    options = Options(5.0, 2, True, "fail", 1.0)
+    options = Options(5.0, 2, True, "fail", 1.0, 9.0)
     assert fields(options.narrowed((2, 7))) == fields(options)
-    assert fields(options.narrowed((4, 7))) == (5.0, None, True, "fail", 1.0)
+    assert fields(options.narrowed((4, 7))) == (5.0, None, True, "fail", 1.0, 9.0)
     assert fields(DEFAULTS.narrowed((1,))) == fields(DEFAULTS)
 
 

@@ -1,4 +1,4 @@
-"""Ok | Failed: a user's exception as a value, as bytes, and as an exception again."""
+"""A value or Failed: a user's exception as a value, as bytes, and as an exception again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from rankwise._outcome import Failed, Ok, capture, encode_failure, failed_at, failure
+from rankwise._outcome import Failed, capture, encode_failure, failed_at, failure
 from rankwise.errors import RemoteError
 
 
@@ -18,27 +18,25 @@ def fail(error):
 
 def travel(error, rank=3, pid=41, method="Shard.forward"):
     """`error` as a worker raises it and a driver gets it."""
-    outcome = capture(fail, (error,), {})
+    outcome = capture(fail, error)
     assert isinstance(outcome, Failed)
     return failure(encode_failure(outcome), rank, pid, method)
 
 
-def test_a_value_is_ok():
-    outcome = capture(lambda a, b: a + b, (1,), {"b": 2})
-    assert isinstance(outcome, Ok)
-    assert outcome.value == 3
+def test_a_value_is_itself():
+    assert capture(lambda a, b: a + b, 1, 2) == 3
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), SystemExit(3), KeyboardInterrupt(),
                                    GeneratorExit(), StopIteration(1)])  # fmt: skip
 def test_whatever_is_raised_is_a_value(error):
-    outcome = capture(fail, (error,), {})
+    outcome = capture(fail, error)
     assert isinstance(outcome, Failed)
     assert outcome.error is error
 
 
 def test_wrong_arguments_are_a_failure_too():
-    assert isinstance(capture(lambda: 0, (1,), {}), Failed)
+    assert isinstance(capture(lambda: 0, 1), Failed)
 
 
 def test_an_exception_arrives_with_type_args_note_and_cause():
@@ -138,7 +136,7 @@ def test_a_traceback_of_any_depth_travels():
     def deep(n):
         return deep(n + 1)
 
-    outcome = capture(deep, (0,), {})
+    outcome = capture(deep, 0)
     arrived = failure(encode_failure(outcome), 0, 1, "deep")
     assert type(arrived) is RecursionError
     assert "RecursionError" in arrived.__cause__.remote_traceback

@@ -1,11 +1,11 @@
 """The first call of a group: every rank loads the target and its arguments, and makes its object.
 
-encode (in the driver, before any process) > Boot ==frame==> import > construct > ready
+Target (pickled before any process) > lend, once there is an arena > Boot ==frame==> import
+                                                                       > construct > ready
 """
 
 from __future__ import annotations
 
-import sys
 from _pickle import dumps
 
 from rankwise._answers import describe_death, died
@@ -14,39 +14,83 @@ from rankwise._messages import BOOT, FAILED
 from rankwise._outcome import failed_at, failure
 from rankwise.errors import RemoteError, StartupError, StartupTimeout
 from rankwise.wire import codec
+from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from rankwise._engine import Engine
-    from rankwise._rankinfo import RankInfo
     from rankwise._spec import GroupSpec
-    from rankwise._spin import Spin
+    from rankwise.wire.arena import Arena
+
+ASK_PATIENCE = 0.3  # seconds for the stacks of ranks that are not ready; the limit has passed
 
 
-def encode_targets(spec: GroupSpec) -> list[bytes]:
-    """`(target, args, kwargs)` of each rank, pickled. Raises SerializationError."""
+class Target:
+    """`(target, args, kwargs)` of `ranks`, pickled. Raises SerializationError.
+
+    What is large stays where it is until `body` lends it: there is no arena before there are
+    descriptors, and what cannot travel is to be told before there is anything.
+    """
+
+    __slots__ = ("_parcel", "_pickled", "_what", "ranks")
+
+    def __init__(self, spec: GroupSpec, ranks: tuple[int, ...]) -> None:
+        self.ranks = ranks
+        self._what = (spec.target, spec.args[ranks[0]], spec.kwargs[ranks[0]])
+        self._parcel = codec.Parcel()
+        # Threads of this process need no arena, and are shown nothing that is another's.
+        parcel = None if spec.backend == "inline" else self._parcel
+        self._pickled = codec.encode_call(*self._what, parcel, ranks)
+
+    def body(self, arena: Arena | None) -> bytes:
+        """It, to be sent to each of `ranks`. Raises MemoryError."""
+        if not self._parcel.stream:
+            return self._pickled
+        lent = None if arena is None else self._parcel.lend(arena, self.ranks)
+        return codec.encode_call(*self._what) if lent is None else lent
+
+
+def encode_targets(spec: GroupSpec) -> list[Target]:
+    """What the ranks make their objects of, pickled. Raises SerializationError."""
+    ranks = tuple(range(spec.world_size))
     if spec.shared_args:
-        blob = codec.encode_call(spec.target, spec.args[0], spec.kwargs[0])
-        return [blob] * spec.world_size
-    return [
-        codec.encode_call(spec.target, args, kwargs)
-        for args, kwargs in zip(spec.args, spec.kwargs, strict=True)
-    ]
+        return [Target(spec, ranks)]
+    return [Target(spec, (rank,)) for rank in ranks]
 
 
-def boot_call(infos: list[RankInfo], blobs: list[bytes], spin: Spin) -> Call:
-    """The call that makes the worker objects."""
+def boot_call(engine: Engine, targets: list[Target]) -> Call:
+    """The call that makes the worker objects. Raises MemoryError."""
     settings = {
-        "sys_path": list(sys.path),
-        "argv": list(sys.argv),
-        "spin": (spin.most, spin.learns),
+        "sys_path": engine.spec.inherited.sys_path,
+        "argv": engine.spec.inherited.argv,
+        "spin": (engine.spin.most, engine.spin.learns),
     }
-    bodies = {
-        info.rank: dumps((tuple(info), settings, blob), 5)
-        for info, blob in zip(infos, blobs, strict=True)
-    }
-    ranks = tuple(range(len(infos)))
+    bodies: dict[int, bytes] = {}
+    for target in targets:
+        made = target.body(engine.arena)
+        pickled = bytes(made) if type(made) is Lent else made
+        for rank in target.ranks:
+            body = dumps((tuple(engine.infos[rank]), settings, pickled), 5)
+            if type(made) is Lent:
+                body = Lent(body)
+                body.hold = made.hold  # each rank that is sent it lets go of it by itself
+            bodies[rank] = body
+    ranks = tuple(range(engine.world_size))
     return Call("construct", b"", ranks, bodies=bodies, kind=BOOT)
+
+
+def check_ready(spec: GroupSpec, engine: Engine, boot: Call, timed_out: bool) -> None:
+    """Return if the `boot` call of `engine` has made its ranks ready; else end it and raise why."""
+    engine.starting = False
+    engine.learn_pids()
+    error = startup_error(boot, engine, timed_out, spec.start_timeout or 0.0)
+    if error is None:
+        return
+    engine.kill()
+    report = None if error.rank is None else engine.ranks.reports.get(error.rank)
+    if report is not None and not error.log_tail:
+        error.log_tail = report.log_tail
+    raise error
 
 
 def startup_error(
@@ -55,15 +99,15 @@ def startup_error(
     """What the constructor raises for the settled (or overdue) boot `call`; None: all are ready."""
     name = engine.name
     if timed_out or isinstance(call.error, Expired):
-        phases = {rank: engine.ranks.phase(rank) for rank in call.missing()}
-        where = "".join(
-            f"\n  rank {rank}: pid {engine.ranks.pid(rank)}, {phase}"
-            for rank, phase in phases.items()
-        )
+        reports = engine.inquire(tuple(call.missing()), ASK_PATIENCE)
+        phases = {rank: report.phase for rank, report in reports.items()}
+        where = "".join(f"\n  {report.line(call)}" for report in reports.values())
         return StartupTimeout(
             f"{name}: {len(phases)} of {engine.world_size} ranks were not ready after "
             f"{waited:g} s (start_timeout):{where}",
             phases=phases,
+            stacks={rank: report.stack for rank, report in reports.items()},
+            last_lines={rank: report.last_line for rank, report in reports.items()},
             rank=next(iter(phases), None),
             phase=next(iter(phases.values()), "spawn"),
         )

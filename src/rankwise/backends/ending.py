@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 BROKEN_TERM = 0.3  # seconds that the ranks of a broken group have to exit by themselves
 TERM_GRACE = 1.0  # seconds between SIGTERM and SIGKILL
 STOPPED_LOOK = 1.0  # seconds between two looks at ranks that may be stopped
+USERS_PATIENCE = 5.0  # seconds that a close waits for a callback of the user's
 LAST_ID = 1 << 62
 NEVER = float("inf")
 
@@ -228,7 +229,7 @@ class Ending:
         engine.link.printer.close()
         engine.keeper.stop()
         engine.pump.retire()
-        engine.callbacks.close()
+        engine.callbacks.close(0.0 if engine.retired else USERS_PATIENCE)
 
     def _end_rest(self) -> None:
         """Close what is left, descriptors all: nothing waits here."""

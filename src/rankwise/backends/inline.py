@@ -9,19 +9,24 @@ no pump: a waiter sleeps at its gate, and one timer thread runs the deadlines ou
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
+from collections import deque
+from functools import partial
 from queue import SimpleQueue
 
-from rankwise import _context, _lifetime
-from rankwise._answers import broken
+from rankwise import _context, _lifetime, _planned
+from rankwise._answers import broken, slow_text
 from rankwise._background import Bell
 from rankwise._callbacks import Callbacks
-from rankwise._calls import Call, Closed, Error
+from rankwise._calls import Call, Closed, Error, Expired
 from rankwise._deadline import clock, deadline, left
 from rankwise._environment import rank_infos
 from rankwise._ledger import Ledger
 from rankwise._messages import DEADLINE, EXIT, HAS_DEADLINE, WANT_VALUE
 from rankwise._ranks import Ranks
+from rankwise._report import look, thread_stacks
 from rankwise._spin import Spin
 from rankwise._status import StatusPage
 from rankwise._worker import serve
@@ -29,15 +34,20 @@ from rankwise._worker import serve
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Callable, Generator
+    from collections.abc import Callable, Generator, Iterable
     from typing import Any
 
     from rankwise._future import GroupFuture
+    from rankwise._report import RankReport
     from rankwise._spec import GroupSpec
+    from rankwise._worker import Channel
     from rankwise.wire.arena import Arena
 
     Frame = tuple[int, int, int, bytes]
 
+logger = logging.getLogger("rankwise")
+
+PATIENCE = 5.0  # seconds that an end waits for a callback of the user's
 NOTICE = 0.2  # seconds that an idle rank's thread has, even at a kill, to see that it is over
 
 
@@ -72,15 +82,24 @@ class InlineEngine:
         self._status = StatusPage(spec.world_size)
         self.ranks = Ranks(spec.world_size, self._status, threads=True)
         self._ledger = Ledger(spec.world_size)
+        self._ledger.explains = True
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)  # a timer, or the end
         self._callbacks = Callbacks(spec.name)
-        self._on_failure = spec.on_failure
+        self.on_break: Callable[[Error], object] | None = self.tell_failure
+        self.outlook: str | None = None
+        self.retired = False
         self._closed = False
         self._abandoned = False
         self._ending = False
         self._ended = False
         self._closing = threading.RLock()
+        # Of a test: what is to go wrong, and the time.
+        planned = _planned.faults
+        self._faults = "" if planned is None else planned.text_for(spec.world_size, threads=True)
+        self._manual = _planned.clock
+        if self._manual is not None:
+            self._manual.adopt(self)
         self._channels = [QueueChannel(self, rank) for rank in range(spec.world_size)]
         self._threads = [
             threading.Thread(
@@ -99,11 +118,19 @@ class InlineEngine:
 
     def _serve(self, rank: int) -> None:
         def prepare(place: _context.Place, settings: dict[str, object]) -> None:
-            _context.enter_thread(place)
+            manual = self._manual
+            _context.enter_thread(place, left if manual is None else manual.left)
 
         words = self._status.words(rank)
+        channel: Channel = self._channels[rank]
+        before = None
         try:
-            serve(self._channels[rank], words, prepare)
+            if self._faults:
+                from rankwise.testing._inject import arm
+
+                sleep = time.sleep if self._manual is None else self._manual.sleep
+                channel, before = arm(self._faults, rank, channel, sleep)
+            serve(channel, words, prepare, before)
         finally:
             words.release()
             if self._abandoned:
@@ -111,7 +138,7 @@ class InlineEngine:
 
     def reply(self, rank: int, kind: int, call_id: int, body: bytes) -> None:
         with self._lock:
-            self._ledger.reply(rank, call_id, kind, body, clock())
+            self._ledger.reply(rank, call_id, kind, body, self._now())
             self._send(rank)
             self._news.notify_all()
         self._tell()
@@ -128,13 +155,46 @@ class InlineEngine:
 
     def _run_timers(self) -> None:
         while True:
-            with self._lock:
-                self._ledger.expire(clock())
-            self._tell()
+            self.tick()
             with self._lock:
                 if self._closed:
                     return
-                self._news.wait(left(self._ledger.next_timer()))
+                timer = self._ledger.next_timer()
+                self._news.wait(left(timer) if self._manual is None else None)
+
+    def _now(self) -> float:
+        return clock() if self._manual is None else self._manual.time()
+
+    def tick(self) -> None:
+        """Time has passed: what is due is done."""
+        with self._lock:
+            self._ledger.expire(self._now())
+            overdue, self._ledger.overdue = self._ledger.overdue, deque()
+            slow, self._ledger.slow = self._ledger.slow, deque()
+        self._explain(overdue, slow)
+        self._tell()
+
+    def deadline(self, timeout: float | None) -> float | None:
+        return None if timeout is None else self._now() + max(0.0, timeout)
+
+    def _explain(self, overdue: Iterable[Call], slow: Iterable[Call]) -> None:
+        for call in overdue:
+            error = call.error
+            if isinstance(error, Expired):
+                error.reports = self.inquire(error.missing, 0.0)
+            with self._lock:
+                self._ledger.explained(call)
+        for call in slow:
+            if call.slow and not call.done:
+                text = slow_text(call, self, call.slow[1], self.inquire(tuple(call.missing()), 0.0))
+                self.defer(partial(logger.warning, "%s", text))
+
+    def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
+        reports = look(self, ranks)
+        threads = {rank: self._threads[rank].ident for rank in ranks}
+        for rank, told in thread_stacks(threads).items():
+            reports[rank].hear(told)
+        return reports
 
     # -- calls --------------------------------------------------------------------------------
 
@@ -161,7 +221,9 @@ class InlineEngine:
             self._ledger.barrier(call)
 
     def wait(self, call: Call, until: float | None) -> bool:
-        bell = Bell()
+        # A start and an end go by the real clock: nobody would move the other one meanwhile.
+        manual = None if self.starting or self._ending else self._manual
+        bell = Bell() if manual is None else manual
         with self._lock:
             if call.done:
                 return True
@@ -207,7 +269,7 @@ class InlineEngine:
         _lifetime.log_unfetched(future)
 
     def refusal(self) -> Error | None:
-        return Closed() if self._closed else self._ledger.refusal()
+        return Closed() if self._closed and not self.retired else self._ledger.refusal()
 
     def owed(self) -> dict[int, Call]:
         with self._lock:
@@ -227,14 +289,19 @@ class InlineEngine:
                 self._callbacks.put(future.announce)  # type: ignore[attr-defined]
             call.future = None
         if ledger.broken is not None:
-            self._report_failure(ledger.broken)
+            self.report_failure(ledger.broken)
         while ledger.reports:
             _lifetime.log_failure(*ledger.reports.popleft())
 
-    def _report_failure(self, cause: Error) -> None:
+    def report_failure(self, cause: Error) -> None:
         with self._lock:
-            on_failure, self._on_failure = self._on_failure, None
-        if on_failure is not None and not isinstance(cause, Closed):
+            on_break, self.on_break = self.on_break, None
+        if on_break is not None and not isinstance(cause, Closed):
+            on_break(cause)
+
+    def tell_failure(self, cause: Error) -> None:
+        on_failure = self.spec.on_failure
+        if on_failure is not None:
             self.defer(lambda: on_failure(broken(cause, self)))
 
     # -- the end ------------------------------------------------------------------------------
@@ -265,7 +332,7 @@ class InlineEngine:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(left(until))
-        self._callbacks.close()
+        self._callbacks.close(0.0 if self.retired else PATIENCE)
         self._ended = True
         if not any(thread.is_alive() for thread in self._threads):
             self.ranks.forget_status()
@@ -273,6 +340,10 @@ class InlineEngine:
     def kill(self) -> None:
         """Settle every open call and stop listening. A thread in the user's code runs on."""
         self.close(0.0, drop=True)
+
+    def retire(self, timeout: float | None) -> None:
+        self.retired = True
+        self.close(timeout, drop=True)
 
     def _end(self) -> None:
         with self._lock:

@@ -1,6 +1,9 @@
 """Starting a launcher: what is made for a group before any rank runs, and how it is undone.
 
-    sockets, status page, port > Popen(launcher) > Launch > Boot frames
+    sockets, status page, port > Popen(launcher), or a warm one > Launch > Boot frames
+
+A launcher that has forked its ranks keeps what it has imported when they are gone, for the ranks of
+a restart: then it is `warm`, and goes from the old engine to the new one as `Held`.
 
 Every acquisition goes on the caller's ExitStack before the next is made, so a half start and a full
 close run the same steps.
@@ -9,12 +12,13 @@ close run the same steps.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import subprocess
 import sys
+from array import array
+from contextlib import ExitStack
 
-from rankwise import _environment, _status
+from rankwise import _environment, _planned, _status
 from rankwise._messages import Launch
 from rankwise.logs.show import use_color
 from rankwise.wire.arena import make_room, open_arena
@@ -22,7 +26,7 @@ from rankwise.wire.control import ControlChannel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from contextlib import ExitStack
+    from typing import Final
 
     from rankwise._rankinfo import RankInfo
     from rankwise._spec import GroupSpec
@@ -36,66 +40,155 @@ LAUNCHER = (
     " from rankwise._launcher import main; main()"
 )
 
+FDS_A_MESSAGE: Final = 64  # the kernel takes 253
 
-class Started:
-    """What a started launcher hands over: all of it is on the ExitStack already."""
 
-    __slots__ = ("arena", "control", "infos", "launcher", "launcher_pidfd", "sockets", "status")
+class Held:
+    """A running launcher, and the driver's ends of what leads to it: one engine's at a time."""
 
     def __init__(
         self,
+        process: subprocess.Popen[bytes],
+        pidfd: int,
         control: ControlChannel,
+        grants: socket.socket | None,
+    ) -> None:
+        self.process = process
+        self.pidfd = pidfd
+        self.control = control
+        self.grants = grants  # how a launcher that has ranks no more is given descriptors anew
+        self._ours = True
+
+    def hand_over(self) -> Held:
+        """The same, for another owner; this one has nothing left to close."""
+        self._ours = False
+        return Held(self.process, self.pidfd, self.control, self.grants)
+
+    def grant(self, fds: list[int]) -> None:
+        """Give the launcher copies of `fds`, for the Launch that follows."""
+        assert self.grants is not None
+        for begin in range(0, len(fds), FDS_A_MESSAGE):
+            batch = array("i", fds[begin : begin + FDS_A_MESSAGE])
+            self.grants.sendmsg([b"g"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, batch)])
+
+    def close(self) -> None:
+        """The last resort of a start that failed half way; an orderly end leaves it little."""
+        if not self._ours:
+            return
+        self._ours = False
+        if self.process.returncode is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.pidfd)
+        self.control.close()
+        if self.grants is not None:
+            self.grants.close()
+
+
+class Started:
+    """What a start hands over: all of it is on the ExitStack already."""
+
+    __slots__ = ("arena", "held", "infos", "sockets", "status")
+
+    def __init__(
+        self,
+        held: Held,
         infos: list[RankInfo],
-        launcher: subprocess.Popen[bytes],
-        launcher_pidfd: int,
         sockets: list[socket.socket],
         status: _status.StatusPage,
         arena: Arena | None,
     ) -> None:
         self.arena = arena
-        self.control = control
+        self.held = held
         self.infos = infos
-        self.launcher = launcher
-        self.launcher_pidfd = launcher_pidfd
         self.sockets = sockets
         self.status = status
 
 
-def start_launcher(spec: GroupSpec, stack: ExitStack) -> Started:
-    """Start the launcher of `spec` and tell it what to start. The ranks wait for their Boot."""
+def start_launcher(spec: GroupSpec, stack: ExitStack, warm: Held | None) -> Started:
+    """Tell a launcher, the `warm` one or one of their own, to start the ranks of `spec`, which
+    then wait for their Boot."""
     size = spec.world_size
+    held = None
+    if warm is not None:
+        held = warm.hand_over()
+        stack.callback(held.close)
     _occupy_standard_descriptors(stack)
     reserved = stack.enter_context(_reserve_port())
     infos = _environment.rank_infos(spec, "127.0.0.1", reserved.getsockname()[1])
     environments = _environment.rank_environments(
         spec,
         infos,
-        os.environ,
-        hash_seed=secrets.randbelow(1 << 32),
+        spec.inherited.environ,
+        hash_seed=spec.inherited.hash_seed,
         budget=_environment.cpu_budget(),
     )
+    if _planned.faults is not None:
+        told = _planned.faults.text_for(size)
+        for variables in environments:
+            variables[_planned.FAULTS] = told
+    flags = _interpreter_flags(environments)
     sockets = []
     theirs = []
     for _ in range(size):
         ours, other = socket.socketpair()
         sockets.append(stack.enter_context(ours))
         theirs.append(other)
-    with_them = [other.fileno() for other in theirs]
-    ours, launchers = socket.socketpair()
-    stack.enter_context(ours)
-    lent: list[int] = []  # what the launcher inherits, and we close
+    status_fd = -1
     try:
         status_fd = _status.make_status(size)
-        lent.append(status_fd)
-        driver_pidfd = os.pidfd_open(os.getpid())
-        lent.append(driver_pidfd)
         status = _status.StatusPage(size, status_fd)
         arena = open_arena(os.dup(status_fd), size) if make_room(status_fd, size) else None
         if arena is not None:
             stack.callback(arena.close)
-        flags = _interpreter_flags(environments)
-        forks = spec.start_method == "forkserver"
-        launcher = subprocess.Popen(
+        for_them = [*(other.fileno() for other in theirs), status_fd]
+        if held is not None:
+            held.grant(for_them)
+        else:
+            held = _start_process(spec, flags, environments, for_them)
+            stack.callback(held.close)
+        held.control.send(
+            Launch(
+                name=spec.name,
+                start_method=spec.start_method,
+                python=[sys.executable, *flags],
+                root=ROOT,
+                sys_path=spec.inherited.sys_path,
+                environments=environments,
+                worker_fds=for_them[:-1],
+                status_fd=status_fd,
+                granted=warm is not None,
+                preload=spec.preload,
+                mode=spec.logs,
+                color=spec.logs == "prefix" and use_color(),
+            )
+        )
+        return Started(held, infos, sockets, status, arena)
+    finally:
+        for other in theirs:
+            other.close()
+        if status_fd >= 0:
+            os.close(status_fd)
+
+
+def _start_process(
+    spec: GroupSpec, flags: list[str], environments: list[dict[str, str]], for_ranks: list[int]
+) -> Held:
+    """Start the launcher of `spec`. It inherits what is `for_ranks`, under the same numbers."""
+    forks = spec.start_method == "forkserver"
+    with ExitStack() as lent, ExitStack() as undo:
+        ours, theirs = socket.socketpair()
+        undo.enter_context(ours)
+        lent.enter_context(theirs)
+        driver_pidfd = os.pidfd_open(os.getpid())
+        lent.callback(os.close, driver_pidfd)
+        own = [theirs.fileno(), driver_pidfd]
+        grants = None
+        if forks:
+            grants, granted = socket.socketpair()
+            undo.enter_context(grants)
+            own.append(lent.enter_context(granted).fileno())
+        process = subprocess.Popen(
             [
                 sys.executable,
                 # A launcher that only spawns needs neither site-packages nor the user's variables.
@@ -104,41 +197,20 @@ def start_launcher(spec: GroupSpec, stack: ExitStack) -> Started:
                 LAUNCHER,
                 ROOT,
                 spec.name,
-                str(launchers.fileno()),
-                str(driver_pidfd),
+                *map(str, own if forks else [*own, -1]),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            cwd=spec.inherited.directory_to_enter(),
             env=_launcher_environment(environments) if forks else None,
-            pass_fds=[launchers.fileno(), driver_pidfd, status_fd, *with_them],
+            pass_fds=[*own, *for_ranks],
             start_new_session=True,
         )
-        stack.callback(_end_process, launcher)
-        pidfd = os.pidfd_open(launcher.pid)
-        stack.callback(os.close, pidfd)
-        control = ControlChannel(ours)
-        control.send(
-            Launch(
-                name=spec.name,
-                start_method=spec.start_method,
-                python=[sys.executable, *flags],
-                root=ROOT,
-                sys_path=list(sys.path),
-                environments=environments,
-                worker_fds=with_them,
-                status_fd=status_fd,
-                preload=spec.preload,
-                mode=spec.logs,
-                color=spec.logs == "prefix" and use_color(),
-            )
-        )
-        return Started(control, infos, launcher, pidfd, sockets, status, arena)
-    finally:
-        for other in theirs:
-            other.close()
-        launchers.close()
-        for fd in lent:
-            os.close(fd)
+        undo.callback(process.wait)
+        undo.callback(process.kill)
+        held = Held(process, os.pidfd_open(process.pid), ControlChannel(ours), grants)
+        undo.pop_all()
+        return held
 
 
 def _launcher_environment(environments: list[dict[str, str]]) -> dict[str, str]:
@@ -169,13 +241,6 @@ def _interpreter_flags(environments: list[dict[str, str]]) -> list[str]:
                 if name != "PYTHONHASHSEED":
                     del variables[name]
     return flags
-
-
-def _end_process(launcher: subprocess.Popen[bytes]) -> None:
-    """The last resort of a start that failed half way; after an orderly end it finds it done."""
-    if launcher.returncode is None:
-        launcher.kill()
-        launcher.wait()
 
 
 def _reserve_port() -> socket.socket:

@@ -1,8 +1,9 @@
 """The driver's end of a group's launcher: what it says, what it is told, and how it ends.
 
-    launcher ==Spawned, Output, Exited, Gone=> hear > pids, printer, Pump.deaths, news
-    send > keeper's flush ==Signal, Finish, Shown=> launcher
-    Finish ==> SIGKILL to what is left, Gone ==> the launcher exits by itself, or is killed here
+    launcher ==Spawned, Output, Told, Exited, Gone=> hear > pids, printer, Pump.deaths, news
+    send > keeper's flush ==Signal, Ask, Finish, Shown=> launcher
+    Finish ==> SIGKILL to what is left, Gone ==> the launcher exits by itself, or is killed here,
+                                                 or stays, warm, for the ranks of a restart
 
 The control channel belongs to the keeper's thread: `hear`, `flush` and what they call run there;
 `send`, `wait_for` and `end` are for any thread. `news` rings after every message.
@@ -29,6 +30,7 @@ from rankwise._messages import (
     Shown,
     Spawned,
     SpawnFailed,
+    Told,
 )
 from rankwise.errors import describe_exit
 from rankwise.logs.show import Printer
@@ -37,7 +39,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from rankwise.backends.launching import Started
+    from rankwise.backends.launching import Held, Started
     from rankwise.backends.local import LocalEngine
 
 PATIENCE = 1.0  # seconds; a launcher that does not answer for so long is stopped, or gone
@@ -48,10 +50,14 @@ class LauncherLink:
 
     def __init__(self, engine: LocalEngine, started: Started) -> None:
         self._engine = engine
-        self._control = started.control
-        self._launcher = started.launcher
-        self.control_fd = started.control.fileno()
-        self.launcher_pidfd = started.launcher_pidfd
+        self._held = started.held
+        self._control = started.held.control
+        self._launcher = started.held.process
+        self.control_fd = self._control.fileno()
+        self.launcher_pidfd = started.held.pidfd
+        self.stay = engine.spec.restart is not None  # the launcher, when its ranks are gone
+        self.warm: Held | None = None  # then it can be had here
+        self._warm = False
         self.gone = False  # no rank is left, and none will be started
         self.news = Bell()
         self.printer = Printer(engine.name, self.shown)
@@ -81,6 +87,8 @@ class LauncherLink:
                     ranks.starttimes[rank] = starttime
                 case Output(stream, data):
                     self.printer.put(stream, data)
+                case Told():
+                    engine.reports.heard(message)
                 case Exited():
                     ranks.reports[message.rank] = message
                     engine.pump.sockets.deaths[message.rank] = message
@@ -88,11 +96,12 @@ class LauncherLink:
                     engine.break_group(Garbled(rank, f"could not be started: {reason}"))
                 case Preloaded(seconds, refused):
                     self._preloaded(seconds, refused)
-                case Gone(left):
+                case Gone(left, warm):
                     if left:
                         what = "%s: SIGKILL was sent, but the kernel still has processes %s"
                         engine.log(logging.ERROR, what, engine.name, left)
                     self._stop_hearing()
+                    self._warm = warm
                     self.gone = True
         self.news.ring()
 
@@ -154,7 +163,7 @@ class LauncherLink:
         """Have the launcher SIGKILL what is left, report and go. Again it does nothing."""
         if not self._finishing:
             self._finishing = True
-            self.send(Finish())
+            self.send(Finish(self.stay))
 
     # -- its end ------------------------------------------------------------------------------
 
@@ -163,7 +172,8 @@ class LauncherLink:
         return self.news.wait_for(happened, until)
 
     def end(self) -> None:
-        """Have the ranks and the launcher gone and reaped, by its own exit or by SIGKILL.
+        """Have the ranks and the launcher gone and reaped, by its own exit or by SIGKILL; but a
+        warm launcher of an engine that is retired is left for who comes after it, as `warm`.
 
         What strikes it leaves it to be called again.
         """
@@ -175,6 +185,11 @@ class LauncherLink:
         if not self.gone:
             self._kill()
             self.wait_for(lambda: self.gone, deadline(PATIENCE))
+        if self._warm:
+            if self._engine.retired:
+                self.warm = self.warm or self._held.hand_over()
+                return
+            self._kill()
         if not wait_readable(self.launcher_pidfd, PATIENCE):
             self._kill()
         self._launcher.wait()

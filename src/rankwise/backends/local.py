@@ -31,6 +31,7 @@ from rankwise._status import PHASES, READY, SPAWN
 from rankwise.backends.ending import Ending
 from rankwise.backends.launching import start_launcher
 from rankwise.backends.link import PATIENCE, LauncherLink
+from rankwise.backends.reports import Reports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
     from typing import Any
 
     from rankwise._future import GroupFuture
+    from rankwise._report import RankReport
     from rankwise._spec import GroupSpec
+    from rankwise.backends.launching import Held
 
 logger = logging.getLogger("rankwise")
 
@@ -49,11 +52,11 @@ STARTUP_LOOK = 0.02  # seconds between two looks at the phases of a group that s
 class LocalEngine:
     """One group of processes. Made by `start_local`; ended by `close` or `kill`."""
 
-    def __init__(self, spec: GroupSpec, stack: ExitStack) -> None:
+    def __init__(self, spec: GroupSpec, stack: ExitStack, warm: Held | None) -> None:
         self.spec = spec
         self.name = spec.name
         self.world_size = spec.world_size
-        started = start_launcher(spec, stack)
+        started = start_launcher(spec, stack, warm)
         self.infos = started.infos
         self.ranks = Ranks(spec.world_size, started.status)
         stack.callback(self.ranks.forget_status)
@@ -62,10 +65,14 @@ class LocalEngine:
         self.arena = self.pump.sockets.arena = started.arena
         stack.callback(self.pump.close)
         self.pump.announce = self._announce
-        self._on_failure = spec.on_failure
+        self.on_break: Callable[[Error], object] | None = self.tell_failure
+        self.outlook: str | None = None
+        self.retired = False
         self.callbacks = Callbacks(spec.name)
         if spec.on_failure is not None:
             self.callbacks.ensure()
+        self.reports = Reports(self)
+        self.pump.ledger.explains = True
         self.link = LauncherLink(self, started)
         stack.callback(self.link.printer.close)
         self.keeper = Keeper(self, spec.name)
@@ -87,6 +94,8 @@ class LocalEngine:
 
     def submit(self, calls: tuple[Call, ...]) -> Error | None:
         return self.pump.submit(calls)
+
+    deadline = staticmethod(deadline)
 
     def barrier(self, call: Call) -> None:
         self.pump.check_entry()
@@ -126,13 +135,19 @@ class LocalEngine:
 
     def refusal(self) -> Error | None:
         ledger = self.pump.ledger
-        return Closed(ledger.exiting) if self.ending.closed else ledger.refusal()
+        if self.ending.closed and not self.retired:
+            return Closed(ledger.exiting)
+        return ledger.refusal()
 
     def owed(self) -> dict[int, Call]:
         if self.pump.inert is not None:
             return {}
         with self.pump.lock:
             return dict(self.pump.ledger.owed())
+
+    def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
+        self.pump.check_entry()
+        return self.reports.inquire(ranks, patience)
 
     def unfetched(self, future: GroupFuture[Any]) -> None:
         _lifetime.log_unfetched(future)
@@ -154,6 +169,9 @@ class LocalEngine:
         for report in reports:
             self.defer(partial(_lifetime.log_failure, *report))
         due = self.ending.step(now)
+        asked = self.reports.step(now)
+        if asked is not None:
+            due = min(asked, NEVER if due is None else due)
         if self._looking:
             self._looking = self.starting  # once more when it has started: what came since
             self._log_phases(now)
@@ -182,10 +200,16 @@ class LocalEngine:
             self.pump.ledger.break_group(cause)
 
     def report_failure(self, cause: Error) -> None:
-        """Have `on_failure` called, once, on the callback thread."""
+        """Have `on_break` called, once."""
         with self.pump.lock:
-            on_failure, self._on_failure = self._on_failure, None
-        if on_failure is not None and not isinstance(cause, Closed) and not self.starting:
+            on_break, self.on_break = self.on_break, None
+        if on_break is not None and not isinstance(cause, Closed) and not self.starting:
+            on_break(cause)
+
+    def tell_failure(self, cause: Error) -> None:
+        """Have the user's `on_failure` called, on the callback thread."""
+        on_failure = self.spec.on_failure
+        if on_failure is not None:
             self.defer(lambda: on_failure(broken(cause, self)))
 
     def log(self, level: int, *message: object) -> None:
@@ -207,6 +231,11 @@ class LocalEngine:
     def kill(self) -> None:
         self.pump.check_entry()
         self.ending.kill()
+
+    def retire(self, timeout: float | None) -> Held | None:
+        self.retired = self.link.stay = True
+        self.ending.close(timeout, drop=False)
+        return self.link.warm
 
     def refuse(self) -> None:
         self.pump.check_entry()
@@ -255,12 +284,13 @@ class LocalEngine:
         self.ending.become_inert()
 
 
-def start_local(spec: GroupSpec) -> LocalEngine:
-    """Start the launcher of `spec`; its ranks wait for their boot call."""
+def start_local(spec: GroupSpec, warm: Held | None) -> LocalEngine:
+    """Start the ranks of `spec` by a launcher of their own, or by the `warm` one of the ranks
+    before them; they wait for their boot call."""
     if sys.platform != "linux":
         raise RuntimeError(
             f"backend='local' needs Linux 5.4 or newer, and this is {sys.platform}: "
             "backend='inline' works everywhere"
         )
     with ExitStack() as stack:
-        return LocalEngine(spec, stack)
+        return LocalEngine(spec, stack, warm)

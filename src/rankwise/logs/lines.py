@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from typing import Final
 
 TAIL: Final = 1 << 16
+_LAST_LINE: Final = 1 << 12  # bytes in which the last line is looked for
 # A line that has not ended after so many bytes is cut here: memory stays bounded, and with its
 # prefix and one more read of 1 MB it still fits below LIMIT.
 LONGEST_LINE: Final = 14 << 20
@@ -136,6 +137,16 @@ class Tail:
 
     def text(self) -> str:
         return self._bytes[-TAIL:].decode("utf-8", "replace")
+
+    def last_line(self) -> str:
+        """The last line that is not blank, whether or not it has ended; "" if there is none."""
+        return last_line(self._bytes[-_LAST_LINE:].decode("utf-8", "replace"))
+
+
+def last_line(text: str) -> str:
+    """The last line of `text` that is not blank, at most 200 characters of it."""
+    lines = (line.strip() for line in reversed(text.splitlines()))
+    return next((line for line in lines if line), "")[:200]
 
 
 class Relay:

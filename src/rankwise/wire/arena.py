@@ -78,11 +78,14 @@ class Arena:
         )
         own = world_size if rank is None else rank
         self._borrower = Borrower(
-            self._file, lambda sender: self._row(TABLE + (own + sender) * ROW)
+            self._file,
+            _file_size(world_size),
+            lambda sender: self._row(TABLE + (own + sender) * ROW),
         )
         self.receive = self._borrower.receive
         self.dealt = self._borrower.dealt
         self.load = self._borrower.load
+        self.peek = self._borrower.peek
         self.put = self._lender.put
         self.share = self._lender.share
         self.tend = self._lender.tend
@@ -108,5 +111,7 @@ class Arena:
         self._words = None
         self._lender.close()
         self._borrower.close()
-        if file is not None and self._pid != os.getpid():
+        if self._pid == os.getpid():
+            self._lender.release()
+        elif file is not None:
             file.close()

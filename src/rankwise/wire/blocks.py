@@ -14,8 +14,9 @@ each by one store, so what is lost then is memory, never the knowledge that it i
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from heapq import heappop, heappush
+# The C halves: the Python halves take their own time to import, in every worker.
+from _bisect import bisect_left
+from _heapq import heappop, heappush
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ class Loan:
     slot: a small number that no other open loan has. message: a number that none ever had.
     fresh: the part that has to be reserved before it is touched (whole chunks, may reach past the
     end), or None. uses: other loans that this one's receivers look at too. They wait for its end,
-    under its message's negative.
+    under its message's negative. keep: what is to live until then.
     """
 
-    __slots__ = ("end", "fresh", "message", "slot", "start", "uses", "waiting")
+    __slots__ = ("end", "fresh", "keep", "message", "slot", "start", "uses", "waiting")
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Loan:
         self.fresh = fresh
         self.waiting = waiting
         self.uses = uses
+        self.keep: object = None
 
 
 class Blocks:
@@ -153,6 +155,7 @@ class Blocks:
 
     def _close(self, loan: Loan, now: float) -> None:
         del self.loans[loan.slot]
+        loan.keep = None
         heappush(self._unused, loan.slot)
         for used in loan.uses:
             self.home(used, -loan.message, now)

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import os
 from _pickle import loads
-from weakref import finalize
 
-from rankwise.wire.lending import HEAD
+from rankwise.wire.lending import HEAD, SLOTS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,38 +46,63 @@ def _note_fork() -> None:
     _forks[0] += 1
 
 
+class _Unloaded:
+    """Stands for a message that has not been loaded."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Received(bytes):
     """A body whose payload is mapped already: it can be loaded after the arena has closed."""
 
     memories: Sequence[object] = ()  # what is mapped, until its lease is seen to
     leased = False
+    unloaded: object = None  # its end is the lease's, where that is to outlive the loading
     opened: tuple[list[memoryview], memoryview] | None = None  # None: there was no room for it
+
+    def load(self) -> Any:
+        """The object in it. Raises what its unpickling raises, and MemoryError."""
+        if self.opened is None:
+            raise MemoryError("no memory to map or to copy the payload")
+        buffers, stream = self.opened
+        return loads(stream, buffers=buffers)
 
 
 class Borrower:
-    """Reads from `file`. `row(sender)`: the words by which `sender` is told of an end."""
+    """Reads from `file`, which has `size` bytes.
 
-    def __init__(self, file: File, row: Callable[[int], memoryview]) -> None:
+    row(sender): the words by which `sender` is told of an end.
+    """
+
+    def __init__(self, file: File, size: int, row: Callable[[int], memoryview]) -> None:
         self._file: File | None = file  # None: closed
+        self._size = size
         self._row = row
         # What has come and is not yet noted as dealt with: by sender, and sequence of the frame.
         self._coming: dict[int, dict[int, Received]] = {}
         _watch_forks()
 
     def load(self, body: bytes | bytearray | memoryview, sender: int = 0) -> Any:
-        """The object in `body`. Raises what its unpickling raises, and MemoryError."""
+        """The object in `body`. Raises what its unpickling raises, MemoryError, and ValueError or
+        struct.error where it is no body."""
         if type(body) is Received:
-            if body.opened is None:
-                raise MemoryError("no memory to map or to copy the payload")
-            buffers, stream = body.opened
-        else:
-            try:
-                memories, buffers, stream = self._open(body)
-            except MemoryError:
-                self._lease((), body, sender)
-                raise
-            self._lease(memories, body, sender)
-            del memories
+            return body.load()
+        try:
+            memories, buffers, stream = self._open(body)
+        except MemoryError:
+            self._lease((), body, sender)
+            raise
+        unloaded = _Unloaded() if HEAD.unpack_from(body)[3] else None
+        if unloaded is not None:
+            memories.append(unloaded)
+        self._lease(memories, body, sender)
+        del memories
+        return loads(stream, buffers=buffers)
+
+    def peek(self, body: bytes) -> Any:
+        """The object in `body`, which is none of ours to let go of: this process has lent it, and
+        wants to see what its receivers will. It is not to be kept."""
+        _, buffers, stream = self._open(body)
         return loads(stream, buffers=buffers)
 
     def receive(self, body: bytes, sender: int, sequence: int) -> Received:
@@ -89,7 +113,11 @@ class Borrower:
         if received is None:
             received = Received(body)
             try:
-                received.memories, buffers, stream = self._open(body)
+                memories, buffers, stream = self._open(body)
+                if HEAD.unpack_from(body)[3]:
+                    received.unloaded = _Unloaded()
+                    memories.append(received.unloaded)
+                received.memories = memories
                 received.opened = buffers, stream
             except MemoryError:
                 pass  # told to who asks for it, not to who happens to lead
@@ -111,9 +139,13 @@ class Borrower:
         self, body: bytes | bytearray | memoryview
     ) -> tuple[list[object], list[memoryview], memoryview]:
         """What keeps it mapped, the buffers, and the pickle."""
-        _, _, count, _, _, offset, size, inside = HEAD.unpack_from(body)
+        _, slot, count, _, _, offset, size, inside = HEAD.unpack_from(body)
         top = HEAD.size + 16 * count
         places = memoryview(body)[HEAD.size : top].cast("Q").tolist()
+        ends = [offset + size, *map(sum, zip(places[::2], places[1::2], strict=True))]
+        # A page behind the file's end would be SIGBUS, which nobody can catch.
+        if max(ends) > self._size or inside > size or slot >= SLOTS or top > len(body):
+            raise ValueError("a payload that is said to lie where there is no room for any")
         memories: list[object] = []
         own = self._map(offset, size, memories)
         buffers = []
@@ -155,6 +187,8 @@ class Borrower:
         if not memories:
             _end(held, row, slot, message, _forks[0])
         for memory in memories:
+            from weakref import finalize  # 1 ms, which a rank without large payloads need not wait
+
             finalize(memory, _end, held, row, slot, message, _forks[0]).atexit = False
 
     def close(self) -> None:

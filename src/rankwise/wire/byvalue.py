@@ -22,7 +22,7 @@ import types
 import typing
 import weakref
 from _pickle import Pickler
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cloudpickle.cloudpickle as cp  # type: ignore[import-untyped]
@@ -72,6 +72,9 @@ _DISPATCH_TABLE = {
 class ByValuePickler(cp.Pickler):  # type: ignore[misc]
     """Sends whatever the receiver cannot import as its definition, with the globals it names."""
 
+    readers: Sequence[int] = ()  # as for the plain pickler
+    kept: list[object] | None = None
+
     # cloudpickle's own turns a RecursionError into a PicklingError; we want to tell the two apart.
     dump = Pickler.dump  # pyright: ignore[reportAssignmentType]
 
@@ -89,7 +92,7 @@ class ByValuePickler(cp.Pickler):  # type: ignore[misc]
             return self._reduce_definition(obj)
         if kind in _TYPING_NAMES and travels_by_value(obj):
             return _reduce_typing_name(obj)
-        return reduce_specially(obj)
+        return reduce_specially(obj, self)
 
     def _reduce_definition(self, obj: Any) -> Any:
         if isinstance(obj, types.ModuleType):

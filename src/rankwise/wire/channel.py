@@ -1,26 +1,32 @@
-"""Frames on a socket: the driver's end of a call channel, and the worker's.
+"""The driver's end of a call channel.
 
-    frame = header (24 bytes: magic, kind, flags, sequence, call, length) + body
+    send_call > frame ==bytes==> worker        receive < chunks <==bytes== worker
+                                               frames > dealt with > consume
 
-The driver's end never blocks, and may be struck by an exception out of a signal handler between any
-two bytecodes while bytes are on their way. So bytes leave the socket by one C call that also stores
-them (`chunks.extend(map(recv, (SIZE,)))`) and enter it by one that also counts them
+It never blocks, and may be struck by an exception out of a signal handler between any two bytecodes
+while bytes are on their way. So bytes leave the socket by one C call that also stores them
+(`chunks.extend(map(recv, (SIZE,)))`) and enter it by one that also counts them
 (`sent.extend(map(send, (view,)))`), and everything else is computed again from what was stored: who
 was interrupted before a commit leaves nothing half done, and the next leader goes on from there.
 The commits are stores in straight code, where CPython runs no handler.
-
-The worker's end belongs to one thread that nothing interrupts, and may block.
 """
 
 from __future__ import annotations
 
-import os
-import select
 from _socket import MSG_NOSIGNAL
-from contextlib import suppress
 
-from rankwise._deadline import clock
-from rankwise._messages import HEADER, MAGIC
+from rankwise._messages import MAGIC
+from rankwise.wire.frames import (
+    HEADER_SIZE,
+    JOIN_SIZE,
+    MAX_BODY,
+    RECEIVE_SIZE,
+    SEQUENCE_MASK,
+    BadFrame,
+    check_header,
+    pack_header,
+    unpack_header,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,49 +34,15 @@ if TYPE_CHECKING:
     from typing import Final
 
     from rankwise._calls import Call
-    from rankwise._spin import Spin
-    from rankwise.wire.arena import Arena
-
-HEADER_SIZE: Final = HEADER.size
-# Well below the 128 KB from which malloc maps and unmaps each buffer: that would cost 12 us.
-RECEIVE_SIZE: Final = 64 << 10
-# Below this a header and its body are joined: one copy is cheaper than a second system call.
-JOIN_SIZE: Final = 64 << 10
-SEQUENCE_MASK: Final = 0xFFFFFFFF
-# No frame is this long: a length above it is a broken frame, not a reason to reserve memory.
-MAX_BODY: Final = 1 << 46
 
 NO_SIGNAL: Final = (MSG_NOSIGNAL,)
 
-unpack_header = HEADER.unpack_from
-pack_header = HEADER.pack
-
-
-class BadFrame(Exception):
-    """What came is no frame, or not the next one. The channel cannot be used any further."""
-
-
-def check_header(data: bytes | bytearray, at: int) -> tuple[int, int, int, int, int]:
-    """(kind, flags, sequence, call id, body length) of the header at `at`. Raises BadFrame."""
-    magic, kind, flags, sequence, call_id, length = unpack_header(data, at)
-    if magic != MAGIC or length > MAX_BODY:
-        raise BadFrame(f"a header that is none of ours ({bytes(data[at : at + HEADER_SIZE])!r})")
-    return kind, flags, sequence, call_id, length
-
-
-class TooLarge(MemoryError):
-    """There is no room here for the body of call `call_id`; the channel stays usable."""
-
-    def __init__(self, call_id: int, length: int) -> None:
-        super().__init__(f"no room for {length} bytes of arguments")
-        self.call_id = call_id
-
 
 class DriverChannel:
-    """The driver's end. `flush` belongs to who holds the group's lock, `receive` to the leader."""
+    """Sending belongs to who holds the group's lock, receiving to the leader."""
 
     __slots__ = (
-        "_chunks", "_going", "_last_sent", "_received", "_send_sequence", "eof", "fd",
+        "_chunks", "_first", "_going", "_last_sent", "_received", "_send_sequence", "eof", "fd",
         "receive_sequence", "recv", "send", "sock", "wants_out",
     )  # fmt: skip
 
@@ -84,6 +56,7 @@ class DriverChannel:
         self._received = 0
         self.eof = False
         self.receive_sequence = 0
+        self._first = 0  # the sequence that is due where the bytes that are held begin
         self.wants_out = False
         self._send_sequence = 0
         self._last_sent = -1
@@ -104,23 +77,21 @@ class DriverChannel:
             frame = pack_header(
                 MAGIC, call.kind, flags, self._send_sequence & SEQUENCE_MASK, call.id,
                 len(head) + len(body),
-            ) + head  # fmt: skip
+            )  # fmt: skip
             if len(body) < JOIN_SIZE:
-                frame += body
+                frame += head + body if head else body
                 body = b""
+            else:
+                frame += head
             going = (call, frame, body, [])
             self._going = going
         _, frame, body, sent = going
-        total = len(frame) + len(body)
-        done = sum(sent)
+        size = len(frame)
         try:
-            while done < total:
-                if done < len(frame):
-                    sent.extend(map(self.send, (frame[done:],), NO_SIGNAL))
-                else:
-                    view = memoryview(body)[done - len(frame) :]
-                    sent.extend(map(self.send, (view,), NO_SIGNAL))
-                done = sum(sent)
+            if not sent:
+                sent.extend(map(self.send, (frame,), NO_SIGNAL))
+            if body or sent[0] != size:
+                self._send_rest(frame, body, sent)
         except BlockingIOError:
             return False
         if self._going is going:  # else a handler's own call has already finished it
@@ -129,11 +100,29 @@ class DriverChannel:
             self._last_sent = call.id
         return True
 
+    def _send_rest(self, frame: bytes, body: bytes, sent: list[int]) -> None:
+        size = len(frame)
+        total = size + len(body)
+        done = sum(sent)
+        while done < total:
+            if done < size:
+                sent.extend(map(self.send, (frame[done:],), NO_SIGNAL))
+            else:
+                view = memoryview(body)[done - size :]
+                sent.extend(map(self.send, (view,), NO_SIGNAL))
+            done = sum(sent)
+
+    def has_sent(self, call: Call) -> bool:
+        """Whether the last byte of `call` has left."""
+        return call.id <= self._last_sent
+
     def send_farewell(self, call: Call) -> None:
         """Send `call`, which has no body, if the socket takes it now and no frame is on its way."""
         if self._going is None:
-            with suppress(ConnectionError):  # it has gone already
+            try:
                 self.send_call(call, 0, b"", b"")
+            except ConnectionError:
+                pass  # it has gone already
 
     # -- receiving ----------------------------------------------------------------------------
 
@@ -186,16 +175,20 @@ class DriverChannel:
         data = chunks[0] if chunks else b""
         at = 0
         size = len(data)
-        while size - at >= HEADER_SIZE:
-            magic, kind, _, sequence, call_id, length = unpack_header(data, at)
-            if magic != MAGIC or length > MAX_BODY:
-                check_header(data, at)  # says what is wrong
-            end = at + HEADER_SIZE + length
-            if end > size:
-                self._check_begun(sequence, found)
-                break
-            found.append((kind, call_id, data[at + HEADER_SIZE : end], sequence))
-            at = end
+        try:
+            while size - at >= HEADER_SIZE:
+                magic, kind, _, sequence, call_id, length = unpack_header(data, at)
+                if magic != MAGIC or length > MAX_BODY:
+                    check_header(data, at)  # says what is wrong
+                end = at + HEADER_SIZE + length
+                if end > size:
+                    self._check_begun(sequence, found)
+                    break
+                found.append((kind, call_id, data[at + HEADER_SIZE : end], sequence))
+                at = end
+        except BadFrame as error:
+            error.before = found, data, at
+            raise
         return found, data, at
 
     def _check_begun(self, sequence: int, found: list[tuple[int, int, bytes, int]]) -> None:
@@ -209,7 +202,24 @@ class DriverChannel:
         chunks = self._chunks
         kept = (data[used:],) if used < len(data) else ()
         if chunks and chunks[0] is data:  # else a handler's own call has already taken them
+            self._first = self.receive_sequence
             chunks[:1] = kept
+
+    def seen_before(self, found: list[tuple[int, int, bytes, int]], data: bytes) -> bool:
+        """Whether a frame among `found` in `data` that is not due any more was dealt with by
+        somebody who was struck before `consume`; else the other end has sent it twice."""
+        chunks = self._chunks
+        if not chunks or chunks[0] is not data:
+            return True  # a handler's own call has dealt with them, and taken them
+        numbers = [(number - self._first) & SEQUENCE_MASK for _, _, _, number in found]
+        return numbers == list(range(len(found)))
+
+    def out_of_turn(self, kind: int, sequence: int) -> str:
+        """What is wrong with a frame that is not the next answer."""
+        due = self.receive_sequence & SEQUENCE_MASK
+        if sequence == due:
+            return f"frame {sequence} is of kind {kind}, which is no answer"
+        return f"frame {sequence} came where {due} was due"
 
     def forget(self) -> None:
         """The other end has gone: keep no call alive that was half sent."""
@@ -218,130 +228,3 @@ class DriverChannel:
 
     def close(self) -> None:
         self.sock.close()
-
-
-class WorkerChannel:
-    """The worker's end: one thread receives, runs and answers; it may block."""
-
-    __slots__ = (
-        "_data", "_poll", "_recv", "_recv_into", "_sent", "_sequence", "_sock", "arena", "spin",
-    )  # fmt: skip
-
-    def __init__(self, sock: socket.socket, spin: Spin) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-        self._recv = sock.recv
-        self._recv_into = sock.recv_into
-        self._data = b""
-        self._sequence = 0
-        self._sent = 0
-        self._poll = select.poll()
-        self._poll.register(sock.fileno(), select.POLLIN)
-        self.spin = spin
-        self.arena: Arena | None = None  # tended while there is nothing to do
-
-    def receive(self) -> tuple[int, int, int, bytes | bytearray] | None:
-        """(kind, flags, call id, body) of the next frame; None at end of file.
-
-        Polls for a while (see `Spin`), then sleeps in the kernel. Raises BadFrame, and TooLarge for
-        a body that there is no room for (which was skipped).
-        """
-        data = self._data
-        while len(data) < HEADER_SIZE:
-            more = self._wait()
-            if not more:
-                return None
-            data = data + more if data else more
-        kind, flags, sequence, call_id, length = check_header(data, 0)
-        if sequence != self._sequence & SEQUENCE_MASK:
-            raise BadFrame(f"frame {sequence} came where {self._sequence} was due")
-        self._sequence += 1
-        end = HEADER_SIZE + length
-        if len(data) >= end:
-            self._data = data[end:]
-            return kind, flags, call_id, data[HEADER_SIZE:end]
-        body = self._receive_body(call_id, data[HEADER_SIZE:], length)
-        self._data = b""
-        return None if body is None else (kind, flags, call_id, body)
-
-    def _receive_body(self, call_id: int, first: bytes, length: int) -> bytearray | None:
-        try:
-            body = bytearray(length)
-        except MemoryError:
-            self._data = b""
-            skipped = len(first)
-            while skipped < length:
-                more = self._wait(min(RECEIVE_SIZE, length - skipped))
-                if not more:
-                    return None
-                skipped += len(more)
-            raise TooLarge(call_id, length) from None
-        body[: len(first)] = first
-        at = len(first)
-        with memoryview(body) as view:
-            while at < length:
-                try:
-                    count = self._recv_into(view[at:])
-                except BlockingIOError:
-                    self._poll.poll()
-                    continue
-                except OSError:
-                    count = 0
-                if not count:
-                    return None
-                at += count
-        return body
-
-    def _wait(self, size: int = RECEIVE_SIZE) -> bytes:
-        recv = self._recv
-        try:
-            return recv(size)
-        except BlockingIOError:
-            pass
-        except OSError:
-            return b""
-        began = clock()
-        until = began + self.spin.budget
-        while True:
-            if clock() < until:
-                os.sched_yield()
-            else:
-                again = None if self.arena is None else self.arena.tend(clock())
-                self._poll.poll(None if again is None else max(0.0, again - clock()) * 1000)
-            try:
-                data = recv(size)
-            except BlockingIOError:
-                continue
-            except OSError:
-                return b""
-            self.spin.waited(clock() - began)
-            return data
-
-    def reply(self, kind: int, call_id: int, body: bytes) -> None:
-        """Answer; waits for as long as the driver does not read. Silent where it is gone."""
-        header = pack_header(MAGIC, kind, 0, self._sent & SEQUENCE_MASK, call_id, len(body))
-        self._sent += 1
-        parts = (header + body,) if len(body) < JOIN_SIZE else (header, body)
-        for part in parts:
-            self._send_all(part)
-
-    def _send_all(self, part: bytes) -> None:
-        send = self._sock.send
-        try:
-            done = send(part)
-        except BlockingIOError:
-            done = 0
-        except OSError:
-            return
-        if done == len(part):
-            return
-        room = select.poll()
-        room.register(self._sock.fileno(), select.POLLOUT)
-        with memoryview(part) as view:
-            while done < len(part):
-                try:
-                    done += send(view[done:])
-                except BlockingIOError:
-                    room.poll()
-                except OSError:
-                    return

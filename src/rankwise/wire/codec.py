@@ -33,9 +33,23 @@ from rankwise.wire.lending import LENT
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
-    from typing import Any, Final
+    from typing import Any, Final, Protocol
 
     from rankwise.wire.arena import Arena
+
+    class Taker(Protocol):
+        """Takes what is too large for a frame: an arena, or a parcel."""
+
+        def put(
+            self,
+            stream: list[bytes | memoryview],
+            length: int,
+            buffers: list[memoryview],
+            receivers: Sequence[int],
+            keep: object = None,
+            /,
+        ) -> bytes | None: ...
+
 
 PROTOCOL: Final = 5
 
@@ -53,7 +67,7 @@ def encode_call(
     method: str | Callable[..., object],
     args: tuple[object, ...],
     kwargs: dict[str, object],
-    arena: Arena | None = None,
+    arena: Taker | None = None,
     ranks: Sequence[int] = (0,),
 ) -> bytes:
     """The body of a call: the tuple `(method, args, kwargs)`, pickled.
@@ -88,10 +102,10 @@ def encode_call(
         raise explain("the arguments", roots, error) from error
 
 
-def encode_result(value: object, arena: Arena | None = None) -> bytes:
+def encode_result(value: object, arena: Taker | None = None) -> bytes:
     """The body of a result: `value`, pickled. Raises as `encode_call`; the path is `result...`."""
     try:
-        if _all_plain((value,)):
+        if type(value) in _ATOMS or _all_plain((value,)):
             body = _dumps(value, PROTOCOL)
             if arena is None or len(body) < LARGE:
                 return body
@@ -119,11 +133,11 @@ def loads(data: bytes | bytearray | memoryview, arena: Arena | None = None) -> A
     return _loads(data)
 
 
-def dumps(obj: object, arena: Arena | None = None, readers: Sequence[int] = (0,)) -> bytes:
+def dumps(obj: object, arena: Taker | None = None, readers: Sequence[int] = (0,)) -> bytes:
     """`obj` as bytes, by name where the receiver can import it and by value where it cannot.
 
-    What is large goes into `arena`, where there is one, to be read by `readers`. Raises whatever
-    the pickling raises.
+    What is large goes into `arena`, where there is one, to be read by `readers`; a tensor in a
+    GPU's memory stays there for them (empty: it does not). Raises whatever the pickling raises.
     """
     try:
         return _dump(_PlainPickler, obj, arena, readers)
@@ -132,6 +146,37 @@ def dumps(obj: object, arena: Arena | None = None, readers: Sequence[int] = (0,)
     from rankwise.wire.byvalue import ByValuePickler
 
     return _dump(ByValuePickler, obj, arena, readers)
+
+
+class Parcel:
+    """Stands in for an arena while there is none: keeps what is large where the pickler found it.
+
+    `stream` is empty where nothing is; then the pickle is what `dumps` returned.
+    """
+
+    __slots__ = ("buffers", "keep", "length", "stream")
+
+    def __init__(self) -> None:
+        self.stream: list[bytes | memoryview] = []
+        self.length = 0
+        self.buffers: list[memoryview] = []
+        self.keep: object = None
+
+    def put(
+        self,
+        stream: list[bytes | memoryview],
+        length: int,
+        buffers: list[memoryview],
+        receivers: Sequence[int],
+        keep: object = None,
+        /,
+    ) -> bytes:
+        self.stream, self.length, self.buffers, self.keep = stream, length, buffers, keep
+        return b""
+
+    def lend(self, arena: Arena, readers: Sequence[int]) -> bytes | None:
+        """As `dumps` with that arena; None: not now. Raises MemoryError."""
+        return arena.put(self.stream, self.length, self.buffers, readers, self.keep)
 
 
 class _Parts:
@@ -144,7 +189,7 @@ class _Parts:
         self.write = self.parts.append
 
 
-def _dump(pickler: Any, obj: object, arena: Arena | None, readers: Sequence[int]) -> bytes:
+def _dump(pickler: Any, obj: object, arena: Taker | None, readers: Sequence[int]) -> bytes:
     file = _Parts()
     parts = file.parts
     if arena is None:
@@ -159,16 +204,18 @@ def _dump(pickler: Any, obj: object, arena: Arena | None, readers: Sequence[int]
         buffers.append(raw)
         return False
 
-    pickler(file, PROTOCOL, buffer_callback=keep).dump(obj)
-    if len(parts) == 1 and not buffers and len(parts[0]) < LARGE:
+    made = pickler(file, PROTOCOL, buffer_callback=keep)
+    made.readers = readers
+    made.dump(obj)
+    if len(parts) == 1 and not buffers and len(parts[0]) < LARGE and made.kept is None:
         return parts[0]
     stream = [*map(_raw, parts)]
     length = sum(map(len, stream))
-    if buffers or length >= LARGE:
-        body = arena.put(stream, length, buffers, readers)
+    if buffers or length >= LARGE or made.kept is not None:
+        body = arena.put(stream, length, buffers, readers, made.kept)
         if body is not None:
             return body
-        if buffers:
+        if buffers or made.kept is not None:
             return _dump(pickler, obj, None, readers)
     return b"".join(stream)
 
@@ -212,13 +259,16 @@ class _Definition(Exception):
 class _PlainPickler(Pickler):
     """The C pickler, which asks here about everything but the plain builtins."""
 
+    readers: Sequence[int] = ()  # processes that may be shown what lies in a GPU's memory
+    kept: list[object] | None = None  # what is to outlive their looking at it
+
     def reducer_override(self, obj: object) -> Any:
         kind = type(obj)
         if not issubclass(kind, _QUESTIONED) and kind.__name__ not in _SPECIAL:
             return NotImplemented  # nearly always; the rest costs 0.15 us more
         if issubclass(kind, _NAMED) and travels_by_value(obj):
             raise _Definition
-        return reduce_specially(obj)
+        return reduce_specially(obj, self)
 
 
 # By their type and not by isinstance: the __class__ of a proxy may claim anything.
@@ -274,8 +324,8 @@ def _self_and_parents(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
-def reduce_specially(obj: object) -> Any:
-    """What to pickle in place of `obj`, or NotImplemented where it knows best itself.
+def reduce_specially(obj: object, pickler: Any) -> Any:
+    """What `pickler` is to pickle in place of `obj`, or NotImplemented: it knows best itself.
 
     Three kinds do not. An array that is read-only here would be read-only there, but what is
     received is the receiver's own. torch copies a tensor's memory into the pickle. An exception
@@ -289,17 +339,23 @@ def reduce_specially(obj: object) -> Any:
         array: Any = obj
         return NotImplemented if array.flags.writeable else array.copy("K").__reduce_ex__(PROTOCOL)
     if kind.__name__ in _SPECIAL and kind.__module__.startswith("torch"):
-        return _reduce_torch(obj)
+        return _reduce_torch(obj, pickler)
     return NotImplemented
 
 
-def _reduce_torch(obj: object) -> Any:
+def _reduce_torch(obj: object, pickler: Any) -> Any:
     kind = type(obj)
     torch = sys.modules.get("torch")
     if kind is getattr(torch, "Tensor", None) or kind is sys.modules["torch.nn"].Parameter:
-        from rankwise.wire.tensors import reduce_tensor
+        from rankwise.wire.tensors import is_on_gpu, reduce_tensor
 
-        return reduce_tensor(obj)
+        if not pickler.readers or not is_on_gpu(obj):
+            return reduce_tensor(obj)
+        if type(pickler) is _PlainPickler:
+            raise _Definition  # which may come later: what is shared twice would be copied twice
+        from rankwise.wire.gpu import share_tensor
+
+        return share_tensor(obj, pickler)
     if kind is getattr(torch, "UntypedStorage", None):
         from rankwise.wire.tensors import reduce_storage
 

@@ -11,9 +11,9 @@ gives it back. `Hold.__del__` may run inside any lock, so it only appends to a d
 from __future__ import annotations
 
 import os
+from _thread import RLock  # what `threading.RLock` makes
 from collections import deque
 from struct import Struct
-from threading import RLock
 
 from rankwise._deadline import clock
 from rankwise.wire.blocks import PAGE, Blocks
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 # The first byte of a body that lies elsewhere. A pickle of any protocol since 2 begins with 0x80.
 LENT: Final = 1
-# LENT, slot, number of buffers, 0; message, offset in the file, bytes there, how many of them are
-# the pickle at the end (0: it follows here). Then of each buffer its offset in the file, and size.
+# LENT, slot, number of buffers, 1 where it is not let go of before it is loaded, else 0; message,
+# offset in the file, bytes there, how many of them are the pickle at the end (0: it follows here).
+# Then of each buffer its offset in the file, and size.
 HEAD: Final = Struct("<IIIIQQQQ")
 SPAN: Final = Struct("<QQ")
 ALIGN: Final = 64  # of each buffer: a cache line, and what numpy and torch like best
@@ -97,11 +98,14 @@ class Lender:
         length: int,
         buffers: list[memoryview],
         receivers: Sequence[int] = (0,),
+        keep: object = None,
+        /,
     ) -> Lent | None:
         """Lend the pickle in `stream` (`length` bytes in all) with its `buffers`: the frame's body.
 
-        A short pickle stays in the body. None: not now, send it all in the frame.
-        Raises MemoryError where there is no room.
+        A short pickle stays in the body. `keep`, where it is not None, lives until every receiver
+        has loaded it. None: not now, send it all in the frame. Raises MemoryError where there is no
+        room.
         """
         memory = self._usable()
         if memory is None:
@@ -128,6 +132,7 @@ class Lender:
         if hold is None:
             return None
         loan = hold.loan
+        loan.keep = keep
         if self._reserve(memory, loan):
             write = memory.write
         else:
@@ -136,7 +141,12 @@ class Lender:
         for at, data in parts:
             write(loan.start + at, data)
         origin = self._base + loan.start
-        head = [HEAD.pack(LENT, loan.slot, len(buffers), 0, loan.message, origin, size, inside)]
+        until_loaded = keep is not None
+        head = [
+            HEAD.pack(
+                LENT, loan.slot, len(buffers), until_loaded, loan.message, origin, size, inside
+            )
+        ]
         for buffer, share in zip(buffers, found, strict=True):
             at = origin + next(written)[0] if share is None else share[0]
             head.append(SPAN.pack(at, len(buffer)))
@@ -277,6 +287,11 @@ class Lender:
         memory.give_back(ranges)
         with self._lock:
             self._blocks.returned(ranges)
+
+    def release(self) -> None:
+        """Nobody is left who would load what was lent: let go of what is kept for that."""
+        for loan in list(self._blocks.loans.values()):
+            loan.keep = None
 
     def close(self) -> None:
         """Lend no more, and unmap. In a forked child too, where the lock may be held for ever."""

@@ -7,7 +7,8 @@ does with an array. Two tensors of one storage stay two tensors of one storage. 
 travels without the rest, as an array does: `x[0]` of a gigabyte is not a gigabyte.
 
 What is not a plain tensor in CPU memory (a subclass, sparse, quantized, on a device, with hooks or
-attributes of its own) is left to torch.
+attributes of its own) is left to torch; one in a GPU's memory is `gpu.py`'s, where its readers are
+other processes.
 """
 
 from __future__ import annotations
@@ -19,18 +20,26 @@ from typing import Any
 import torch
 
 
+def is_on_gpu(tensor: Any) -> bool:
+    """Whether `tensor` lies in a GPU's memory, and is no more than that."""
+    return tensor.device.type == "cuda" and _is_plain(tensor)
+
+
+def _is_plain(tensor: Any) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_nested
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and not tensor.__dict__
+        and not tensor._backward_hooks
+    )
+
+
 def reduce_tensor(tensor: Any) -> Any:
     """How `tensor`, a Tensor or Parameter, is rebuilt; NotImplemented: torch knows better."""
-    if (
-        tensor.device.type != "cpu"
-        or tensor.layout is not torch.strided
-        or tensor.is_quantized
-        or tensor.is_nested
-        or tensor.is_conj()
-        or tensor.is_neg()
-        or tensor.__dict__
-        or tensor._backward_hooks
-    ):
+    if tensor.device.type != "cpu" or not _is_plain(tensor):
         return NotImplemented
     with torch.no_grad():
         plain = tensor.detach()

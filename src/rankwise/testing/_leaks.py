@@ -1,13 +1,13 @@
-"""What a test leaves behind, named piece by piece. Standard library only: the watchdog needs it.
+"""What some code leaves behind, named piece by piece.
 
-    before = take()  >  the test runs  >  left = left_since(before)
+    before = take()  >  it runs  >  left = left_since(before)          `leak_check` is all of that
 
 Guarantee 6 promises that nothing remains of a closed group: no process, descendant, thread,
 descriptor or shared memory; guarantee 8 that the driver's environment and signal handlers stay as
-they were. So each of these is written down before a test and compared after it.
+they were. So each of these is written down before, and compared afterwards.
 
-A process belongs to this run of the tests if it descends from pytest or carries its mark: an orphan
-has lost its parents, but not the mark (`Family`).
+A process counts if it descends from this one or carries its mark: an orphan has lost its parents,
+but not the mark (`Family`).
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-MARK = "RANKWISE_TEST_SESSION"
+from rankwise.testing._processes import MARK, Family, Process, end, mark, open_files
+
+__all__ = ["MARK", "Family", "Leaked", "Left", "Process", "State", "compare", "end", "leak_check",
+           "left_since", "mark", "restore", "take"]  # fmt: skip
 
 # What is on its way out may take so long: a finalizer, a thread that is between its last line and
 # its end. Seconds.
@@ -33,146 +36,6 @@ SETTLING = 2.0
 
 # pytest writes the name of the running test here.
 NOT_OURS = frozenset({"PYTEST_CURRENT_TEST"})
-
-
-class Process(NamedTuple):
-    """One process, as /proc has it. A pid comes again; a pid with its start time does not."""
-
-    pid: int
-    started: int  # clock ticks since boot
-
-    def read(self, name: str) -> str:
-        """The file /proc/PID/`name`, or why it cannot be read."""
-        try:
-            return Path(f"/proc/{self.pid}/{name}").read_bytes().decode(errors="replace")
-        except OSError as error:
-            return f"({error.strerror})"
-
-    def lives(self) -> bool:
-        """Whether it is there still, as a zombie at least."""
-        stat = _stat(self.pid)
-        return stat is not None and stat.started == self.started
-
-    def __str__(self) -> str:
-        stat = _stat(self.pid)
-        if stat is None or stat.started != self.started:
-            return f"process {self.pid}, gone by now"
-        command = " ".join(self.read("cmdline").replace("\0", " ").split()) or f"[{stat.name}]"
-        return (
-            f"process {self.pid} (state {stat.state}, parent {stat.parent}, session {stat.session})"
-            f": {command[:200]}"
-        )
-
-
-class _Stat(NamedTuple):
-    name: str
-    state: str
-    parent: int
-    session: int
-    started: int
-
-
-def _stat(pid: int) -> _Stat | None:
-    try:
-        with open(f"/proc/{pid}/stat", "rb", 0) as file:
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return None
-    # The name stands in parentheses and may hold any byte, a parenthesis too.
-    name = text[text.index("(") + 1 : text.rindex(")")]
-    fields = text[text.rindex(")") + 2 :].split()
-    return _Stat(name, fields[0], int(fields[1]), int(fields[3]), int(fields[19]))
-
-
-# --- processes ------------------------------------------------------------------------------------
-
-
-def mark(environ: MutableMapping[str, str]) -> None:
-    """Put this process's mark into `environ`, beside those of the runs that it is part of."""
-    pid = str(os.getpid())
-    marks = environ.get(MARK, "").split("/")
-    environ[MARK] = "/".join([*(one for one in marks if one and one != pid), pid])
-
-
-class Family(NamedTuple):
-    """The descendants of process `root`, and those who left the tree and still carry its mark: what
-    was started has it in its environment, what was only forked holds the root's end of `pipe`."""
-
-    root: int
-    ours: frozenset[int]  # pids of the tests' own machinery, which do not count
-    pipe: str  # as /proc/PID/fd shows it
-
-    def members(self) -> list[Process]:
-        """All that live now, zombies too (somebody owes them a wait), without the root itself."""
-        stats = {}
-        for entry in os.listdir("/proc"):
-            if entry.isdigit() and (stat := _stat(int(entry))) is not None:
-                stats[int(entry)] = stat
-        began = stats[self.root].started if self.root in stats else 0
-        children: dict[int, list[int]] = {}
-        found = {self.root}
-        for pid, stat in stats.items():
-            children.setdefault(stat.parent, []).append(pid)
-            if stat.started >= began and self._is_marked(Process(pid, stat.started)):
-                found.add(pid)
-        new = list(found)
-        while new:
-            for child in children.get(new.pop(), ()):
-                if child not in found:
-                    found.add(child)
-                    new.append(child)
-        found -= {self.root, *self.ours}
-        return [Process(pid, stats[pid].started) for pid in sorted(found) if pid in stats]
-
-    def _is_marked(self, process: Process) -> bool:
-        # Once seen, for good: nobody comes by the mark later, and whoever drops it was ours.
-        seen = _seen.get((self, process))
-        if seen is None:
-            pid = process.pid
-            seen = str(self.root) in _marks(pid) or self.pipe in _open_files(pid).values()
-            _seen[self, process] = seen
-        return seen
-
-
-_seen: dict[tuple[Family, Process], bool] = {}
-
-
-def _marks(pid: int) -> list[str]:
-    try:
-        environ = Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return []
-    for entry in environ.split(b"\0"):
-        if entry.startswith(MARK.encode() + b"="):
-            return entry.decode(errors="replace").partition("=")[2].split("/")
-    return []
-
-
-def _open_files(pid: int | str) -> dict[int, str]:
-    found = {}
-    try:
-        for entry in os.listdir(f"/proc/{pid}/fd"):
-            try:
-                found[int(entry)] = os.readlink(f"/proc/{pid}/fd/{entry}")
-            except OSError:
-                pass  # closed meanwhile: in our own case, the descriptor of this very listing
-    except OSError:
-        pass
-    return found
-
-
-def end(processes: Iterable[Process]) -> None:
-    """SIGKILL `processes`, and wait for those that are our own children."""
-    for process in processes:
-        stat = _stat(process.pid)
-        if stat is None or stat.started != process.started:
-            continue
-        try:
-            os.kill(process.pid, signal.SIGKILL)
-            if stat.parent == os.getpid():
-                os.waitpid(process.pid, 0)
-        except (ProcessLookupError, ChildProcessError, PermissionError):
-            pass
 
 
 # --- this process ---------------------------------------------------------------------------------
@@ -233,7 +96,7 @@ def _not_strangers(paths: set[str], family: Family) -> set[str]:
             held = held_by_us if int(entry) in ours else held_by_others
             maps = Process(int(entry), 0).read("maps")
             held |= {path for path in paths if path in maps}
-            held |= paths & set(_open_files(entry).values())
+            held |= paths & set(open_files(entry).values())
     return paths - (held_by_others - held_by_us)
 
 
@@ -259,12 +122,13 @@ def _masks() -> dict[str, str]:
 
 @dataclass
 class State:
-    """What there was at one moment."""
+    """What there was at one moment. `surroundings`: with what guarantee 8 is about."""
 
     family: Family
     processes: list[Process]
+    surroundings: bool = False
     threads: set[threading.Thread] = field(default_factory=_threads)
-    descriptors: dict[int, str] = field(default_factory=lambda: _open_files("self"))
+    descriptors: dict[int, str] = field(default_factory=lambda: open_files("self"))
     mappings: set[str] = field(default_factory=_mappings)
     shared_memory: set[str] = field(default_factory=_shared_memory)
     environment: dict[str, str] = field(default_factory=_environment)
@@ -272,9 +136,12 @@ class State:
     masks: dict[str, str] = field(default_factory=_masks)
 
 
-def take(family: Family) -> State:
-    """Write down what there is now, in this process and its `family`."""
-    return State(family, family.members())
+def take(family: Family, *, surroundings: bool = False) -> State:
+    """Write down what there is now, in this process and its `family`.
+
+    surroundings: the environment, signal handlers and masks too.
+    """
+    return State(family, family.members(), surroundings)
 
 
 @dataclass
@@ -299,20 +166,21 @@ def compare(before: State) -> Left:
     lines += [f"thread {thread.name!r}{_where(thread)}" for thread in _threads() - before.threads]
     lines += [
         f"descriptor {fd}: {target}"
-        for fd, target in _new_descriptors(before.descriptors, _open_files("self"))
+        for fd, target in _new_descriptors(before.descriptors, open_files("self"))
     ]
     lines += [f"mapped memory {one}" for one in sorted(_mappings() - before.mappings)]
     lines += sorted(_not_strangers(_shared_memory() - before.shared_memory, before.family))
-    lines += _changed("environment variable", before.environment, _environment())
-    lines += _changed("handler of", before.handlers, _handlers(), _signal_name)
-    lines += _changed("signal mask", before.masks, _masks())
+    if before.surroundings:
+        lines += _changed("environment variable", before.environment, _environment())
+        lines += _changed("handler of", before.handlers, _handlers(), _signal_name)
+        lines += _changed("signal mask", before.masks, _masks())
     return Left(processes, lines)
 
 
-def left_since(before: State) -> Left:
-    """As `compare`, but what is left must still be there after `SETTLING` seconds."""
+def left_since(before: State, settling: float | None = None) -> Left:
+    """As `compare`, but what is left must still be there after so many seconds (`SETTLING`)."""
     left = compare(before)
-    until = time.monotonic() + SETTLING
+    until = time.monotonic() + (SETTLING if settling is None else settling)
     pause = 0.001
     while left and time.monotonic() < until:
         gc.collect()
@@ -334,6 +202,36 @@ def restore(before: State, left: Left) -> None:
     for number, handler in before.handlers.items():
         if signal.getsignal(number) is not handler and handler is not None:
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+class Leaked(AssertionError):
+    """What `leak_check` raises: its message names each thing that was left."""
+
+
+@contextmanager
+def leak_check(*, settling: float = SETTLING) -> Iterator[None]:
+    """Raises `Leaked` where something that the block has made is there still at its end.
+
+    That is: a process (an orphan or a zombie, too), a thread of rankwise's, a descriptor, mapped
+    memory of rankwise's, and what this user has in /dev/shm. settling: seconds that what is on its
+    way out may take. Where the block raises, that is raised, and nothing is looked for.
+
+    In the block the environment has the variable RANKWISE_TEST_SESSION, by which orphans are known.
+    """
+    family = Family(os.getpid(), frozenset(), "")
+    inherited = os.environ.get(MARK)
+    before = take(family)
+    mark(os.environ)
+    try:
+        yield
+    finally:
+        if inherited is None:
+            os.environ.pop(MARK, None)
+        else:
+            os.environ[MARK] = inherited
+    left = left_since(before, settling)
+    if left:
+        raise Leaked(f"left behind:\n{left}")
 
 
 def _changed(

@@ -1,0 +1,278 @@
+"""Where the engine of a group sits, and how another comes to sit there: a restart.
+
+    a rank dies  > Engine.report_failure > Policy.failed > back-off --.
+    restart()  -------------------------------------------------------+> the restart's own thread:
+                  retire the old engine > launch > boot > on_restart > `engine` is the new one
+                                            ^ failed: Policy.failed, back-off
+
+Every view of the group finds the engine here, so it finds the new one after a restart. Until that
+sits, calls meet the old engine, which refuses them.
+
+At most one thread restarts (`_thread`, set and cleared under `_lock`). It owns the new engine
+(`_fresh`) until that sits; `_closing` tells it to stop, and whoever sets that kills `_fresh`. So
+the new engine is ended by whichever of the two sees the other. The seat does not hold the group,
+which may be collected while its ranks start again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+from rankwise._answers import explain
+from rankwise._background import Background, Bell
+from rankwise._calls import Closed
+from rankwise._deadline import clock, deadline
+from rankwise._options import DEFAULTS
+from rankwise._restart import Policy
+from rankwise._views import ManyView
+from rankwise.backends import launch
+from rankwise.backends.boot import check_ready
+from rankwise.errors import CallTimeout, StartupError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Final
+
+    from rankwise._calls import Error
+    from rankwise._engine import Engine
+    from rankwise._spec import GroupSpec
+    from rankwise.backends.launching import Held
+
+logger = logging.getLogger("rankwise")
+
+USERS_PATIENCE: Final = 5.0  # seconds that a close waits for the user's on_restart
+
+
+class Seat:
+    """The seat of one group's engine."""
+
+    def __init__(self, spec: GroupSpec, engine: Engine) -> None:
+        self.spec = spec
+        self.engine = engine
+        self._fresh: Engine | None = None
+        self._policy = Policy(spec.restart)
+        self._lock = threading.Lock()
+        self._thread: Background | None = None
+        self._closing = False
+        self._over = spec.restart is None  # the group will not restart by itself any more
+        self._error: BaseException | None = None  # of the last restart
+        self._news = Bell()
+        self._owner = os.getpid()
+
+    def take(self, engine: Engine) -> bool:
+        """Seat `engine`, which is ready. False where the group is being closed."""
+        with self._lock:
+            if self._closing:
+                return False
+            self._policy.ready(clock())
+            self.engine = engine
+        if not self._over:
+            engine.on_break = self._broke
+            engine.outlook = "is broken and about to be restarted: wait_ready() waits for that"
+            cause = engine.refusal()
+            if cause is not None:  # it broke before it could have told us
+                engine.report_failure(cause)
+        return True
+
+    # -- restarting ---------------------------------------------------------------------------
+
+    def _broke(self, cause: Error) -> None:
+        """The engine has broken. In its keeper's thread, or that of whoever closes it."""
+        engine = self.engine
+        with self._lock:
+            if self._thread is not None:
+                return  # a restart by hand is under way
+            wait = None if self._closing else self._policy.failed(clock())
+            if wait is not None:
+                text = str(explain(cause, None, engine)).partition(". ")[0]
+                engine.outlook = (
+                    f"is being restarted ({self._policy.count()}): wait_ready() waits for that"
+                )
+                engine.defer(lambda: self._log_restart(text, wait))
+                self._begin(wait, 0.0, by_hand=False)
+                return
+        self._give_up(engine)
+        engine.tell_failure(cause)
+
+    def restart(self, timeout: float | None) -> None:
+        """See WorkerGroup.restart."""
+        self._check_owner()
+        with self._lock:
+            if self._closing:
+                raise explain(Closed(), None, self.engine)
+            thread = self._thread
+            if thread is None:
+                self.engine.outlook = "is being restarted: wait_ready() waits for that"
+                thread = self._begin(0.0, timeout, by_hand=True)
+        if thread.is_current():
+            raise RuntimeError(f"{self.spec.name}: on_restart cannot restart the group")
+        try:
+            thread.join()
+        except BaseException:
+            self.end(lambda engine: engine.kill())
+            raise
+        if self._error is not None:
+            raise self._error
+        self._check_open()
+
+    def _begin(self, wait: float, timeout: float | None, *, by_hand: bool) -> Background:
+        self._error = None
+        self._thread = thread = Background(
+            lambda: self._run(wait, timeout, by_hand), f"rankwise-{self.spec.name}-restart"
+        )
+        thread.start()
+        return thread
+
+    def _run(self, wait: float, timeout: float | None, by_hand: bool) -> None:
+        """The restart's thread."""
+        warm: Held | None = None
+        try:
+            warm = self.engine.retire(timeout)
+            while not self._news.wait_for(lambda: self._closing, deadline(wait)):
+                error = self._start(warm)
+                if error is None:
+                    return
+                again = None if by_hand else self._policy.failed(clock())
+                if again is None:
+                    self._error = error
+                    return
+                wait = again
+                self._log_restart(str(error), wait)
+        except BaseException as error:
+            self._error = error
+        finally:
+            if warm is not None:
+                warm.close()
+            if self._error is not None and not self._closing:
+                self._give_up(self.engine)
+                if not by_hand:
+                    logger.error("%s was not restarted: %s", self.spec.name, self._error)
+                    self._tell_failure()
+            with self._lock:
+                self._thread = None
+            self._news.ring()
+
+    def _start(self, warm: Held | None) -> Exception | None:
+        """Start new ranks and seat them. Returns why not, with nothing left of them."""
+        spec = self.spec
+        began = clock()
+        try:
+            self._fresh, boot = launch(spec, warm)
+            engine = self._fresh
+            if not self._closing:
+                in_time = engine.wait(boot, deadline(spec.start_timeout))
+                check_ready(spec, engine, boot, not in_time)
+                self._reload(engine)
+            if self._closing or not self.take(engine):
+                engine.kill()
+        except Exception as error:
+            if self._fresh is not None:
+                self._fresh.kill()
+            return error
+        finally:
+            self._fresh = None
+        logger.info("%s has been restarted in %.2f s", spec.name, clock() - began)
+        return None
+
+    def _reload(self, engine: Engine) -> None:
+        """Have the user's `on_restart` bring the new ranks up to date."""
+        on_restart = None if self._policy.terms is None else self._policy.terms.on_restart
+        if on_restart is None:
+            return
+        ranks = ManyView()
+        ranks._init_view(
+            Seat(self.spec, engine), tuple(range(engine.world_size)), None, None, DEFAULTS
+        )
+        try:
+            on_restart(ranks)
+        except Exception as error:
+            raise StartupError(
+                f"{engine.name}: on_restart raised {type(error).__name__}: {error}", phase="ready"
+            ) from error
+
+    def _give_up(self, engine: Engine) -> None:
+        """No restart will come by itself any more."""
+        self._over = True
+        used = self._policy.used
+        engine.outlook = "is broken and takes no more calls: make a new group" + (
+            f" ({used} restart{'s' * (used != 1)} used up)" if self.spec.restart else ""
+        )
+        self._news.ring()
+
+    def _tell_failure(self) -> None:
+        on_failure = self.spec.on_failure
+        cause = self.engine.refusal()
+        if on_failure is not None and cause is not None:
+            failure = explain(cause, None, self.engine)
+            failure.__cause__ = failure.__cause__ or self._error
+            on_failure(failure)
+
+    def _log_restart(self, why: str, wait: float) -> None:
+        what = "%s; restart %s in %g s"
+        logger.warning(what, why.rstrip("."), self._policy.count(), wait)
+
+    # -- waiting ------------------------------------------------------------------------------
+
+    def wait_ready(self, timeout: float | None) -> None:
+        """See WorkerGroup.wait_ready."""
+        self._check_owner()
+
+        def decided() -> bool:
+            if self._closing or (self._thread is None and self.engine.refusal() is None):
+                return True
+            return self._over and self._thread is None
+
+        if not self._news.wait_for(decided, deadline(timeout)):
+            raise CallTimeout(
+                f"{self.spec.name} is not ready after {timeout:g} s: restart "
+                f"{self._policy.count()} goes on",
+                method="wait_ready",
+                missing=tuple(range(self.spec.world_size)),
+            )
+        self._check_open()
+
+    def _check_open(self) -> None:
+        engine = self.engine
+        cause = engine.refusal()
+        if cause is not None:
+            raise explain(cause, None, engine)
+
+    def _check_owner(self) -> None:
+        if self._owner != os.getpid():
+            raise RuntimeError(self.engine.inert or f"{self.spec.name} belongs to another process")
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def end(self, how: Callable[[Engine], None]) -> None:
+        """End the engine as `how` does, and a restart that is under way with it."""
+        engine = self.engine
+        if self._owner != os.getpid():
+            how(engine)  # which raises, or does nothing
+            return
+        with self._lock:
+            self._closing = True
+            thread = self._thread
+        self._news.ring()
+        try:
+            fresh = self._fresh
+            if fresh is not None:
+                fresh.kill()
+            how(self.engine)
+        finally:
+            if thread is not None:
+                thread.join(deadline(USERS_PATIENCE))
+                how(self.engine)  # the new one, where it was seated a moment before
+        engine.outlook = None
+        engine.retired = False
+
+    def abandon(self) -> bool:
+        """The group was collected. In a finalizer, so inside any lock. See Engine.abandon."""
+        self._closing = True
+        self._news.ring()
+        # In this order: whoever is no longer fresh sits.
+        fresh = self._fresh
+        running = fresh is not None and fresh.abandon()
+        return self.engine.abandon() or running or self._thread is not None

@@ -1,0 +1,358 @@
+"""A broken group starts again as a whole: its processes, its launcher, its end in the middle."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import pytest
+from drivers import SECONDS, Script, Watch, in_thread, until
+
+from rankwise import GroupBroken, GroupClosed, Restart, StartupError, WorkerDied, WorkerGroup
+
+STARTS = ["spawn", "forkserver"]
+
+
+class Worker:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def count(self) -> int:
+        self.calls += 1
+        return self.calls
+
+    def pids(self) -> tuple[int, int]:
+        return os.getpid(), os.getppid()
+
+    def die(self, number: int = signal.SIGKILL) -> None:
+        os.kill(os.getpid(), number)
+
+    def stay(self) -> None:
+        threading.Event().wait(3600)
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("start_method", STARTS)
+def test_a_death_fails_the_open_calls_and_the_group_starts_again(start_method: str) -> None:
+    with WorkerGroup(Worker, 2, start_method=start_method, restart=Restart(1, 0.0)) as group:
+        before = group.pids
+        assert group.call(Worker.count) == [1, 1]
+        stuck = group[0].submit(Worker.stay)
+        queued = [group.submit(Worker.count) for _ in range(3)]
+        with pytest.raises(WorkerDied, match=r"rank 1 .* SIGKILL in die"):
+            group[1].call(Worker.die)
+        for future in (stuck, *queued):
+            assert isinstance(future.exception(SECONDS), GroupBroken)
+        group.wait_ready(SECONDS)
+        # None of what was open has run in the new ranks, and nothing runs twice.
+        assert group.call(Worker.count) == [1, 1]
+        assert not set(group.pids) & set(before)
+
+
+def test_a_forked_group_keeps_what_its_launcher_has_imported() -> None:
+    """The same process forks the new ranks, and importing is not done again."""
+    with WorkerGroup(Worker, 2, start_method="forkserver", preload=["fractions"]) as group:
+        launcher = group[0].call(Worker.pids)[1]
+        for _ in range(3):
+            group.restart()
+            assert {parent for _, parent in group.call(Worker.pids)} == {launcher}
+            assert all(group.call(lambda worker: "fractions" in sys.modules))
+
+
+def test_a_launcher_with_a_thread_spawns_after_a_restart_too(tmp_path: Any) -> None:
+    (tmp_path / "threaded_module.py").write_text(
+        "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        with WorkerGroup(
+            Worker, 1, start_method="forkserver", preload=["threaded_module"]
+        ) as group:
+            group.restart()
+            assert group.call(Worker.count) == [1]
+    finally:
+        sys.path.remove(str(tmp_path))
+
+
+@pytest.mark.parametrize("start_method", STARTS)
+def test_the_new_ranks_inherit_what_the_old_ones_did(
+    start_method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("OF_THE_DRIVER", "before")
+
+    def inherited(worker: Worker) -> tuple[Any, ...]:
+        return os.environ["OF_THE_DRIVER"], os.getcwd(), sys.path, sys.argv, hash("text")
+
+    with WorkerGroup(Worker, 2, start_method=start_method) as group:
+        before = group.call(inherited)
+        monkeypatch.setenv("OF_THE_DRIVER", "after")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        group.restart()
+        assert group.call(inherited) == before
+
+
+@pytest.mark.parametrize("start_method", STARTS)
+def test_twenty_restarts_leave_nothing(start_method: str) -> None:
+    with WorkerGroup(Worker, 2, start_method=start_method) as group:
+        group.restart()
+        group.call(Worker.count)
+        descriptors, threads = open_descriptors(), threading.active_count()
+        processes: list[int] = []
+        for _ in range(20):
+            processes += group.pids
+            group.restart()
+            assert group.call(Worker.count) == [1, 1]
+        with Watch(processes) as old:
+            assert not old.left(0.0)
+        assert open_descriptors() == descriptors
+        assert threading.active_count() == threads
+        launcher = group[0].call(Worker.pids)[1]
+        assert len(os.listdir(f"/proc/{launcher}/fd")) < 40
+
+
+@pytest.mark.parametrize("start_method", STARTS)
+def test_a_group_whose_launcher_was_killed_starts_again(start_method: str) -> None:
+    with WorkerGroup(Worker, 2, start_method=start_method, restart=Restart(1, 0.0)) as group:
+        launcher = group[0].call(Worker.pids)[1]
+        future = group.submit(Worker.stay)
+        os.kill(launcher, signal.SIGKILL)
+        assert isinstance(future.exception(SECONDS), GroupBroken)
+        group.wait_ready(SECONDS)
+        assert group.call(Worker.count) == [1, 1]
+        assert group[0].call(Worker.pids)[1] != launcher
+
+
+def test_restarts_used_up_are_a_failure_that_is_told_once() -> None:
+    told: list[GroupBroken] = []
+    with WorkerGroup(Worker, 2, restart=Restart(1, 0.0), on_failure=told.append) as group:
+        for _ in range(2):
+            with pytest.raises(WorkerDied):
+                group[0].call(Worker.die)
+            if not told:
+                until(lambda: told or group.healthy)
+        with pytest.raises(GroupBroken, match="1 restart used up"):
+            group.wait_ready(SECONDS)
+        until(lambda: told)
+        assert len(told) == 1 and isinstance(told[0].first, WorkerDied)
+        with pytest.raises(GroupBroken, match="1 restart used up"):
+            group.call(Worker.count)
+        assert isinstance(group.failure, GroupBroken)
+
+
+class FailsTheSecondTime:
+    def __init__(self, path: str) -> None:
+        self.path = path
+        with open(path, "a") as file:
+            file.write("x")
+        if os.path.getsize(path) > 1:
+            raise ValueError("the weights are gone")
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_starts_that_fail_count_and_their_reason_is_told(tmp_path: Any) -> None:
+    told: list[GroupBroken] = []
+    path = tmp_path / "starts"
+    with WorkerGroup(
+        FailsTheSecondTime, 1, args=(str(path),), restart=Restart(2, 0.0), on_failure=told.append
+    ) as group:
+        with pytest.raises(WorkerDied):
+            group[0].call(FailsTheSecondTime.die)
+        with pytest.raises(GroupBroken, match="2 restarts used up"):
+            group.wait_ready(SECONDS)
+        until(lambda: told)
+        assert isinstance(told[0].first, WorkerDied)
+    assert path.read_text() == "xxx"
+
+
+def test_on_failure_may_restart_the_group() -> None:
+    """The natural thing to do there; it runs on the callback thread of the engine that ends."""
+    done = threading.Event()
+
+    def again(failure: GroupBroken) -> None:
+        group.restart()
+        done.set()
+
+    with WorkerGroup(Worker, 1, on_failure=again) as group:
+        with pytest.raises(WorkerDied):
+            group[0].call(Worker.die)
+        assert done.wait(SECONDS)
+        assert group.call(Worker.count) == [1]
+
+
+def test_close_during_the_back_off_ends_it_at_once() -> None:
+    group = WorkerGroup(Worker, 1, start_method="forkserver", restart=Restart(1, 3600.0))
+    with pytest.raises(WorkerDied):
+        group[0].call(Worker.die)
+    with pytest.raises(GroupBroken, match="restarted"):
+        group.call(Worker.count)
+    group.close()
+    with pytest.raises(GroupBroken, match="make a new group"):
+        group.call(Worker.count)
+    with pytest.raises(GroupClosed):
+        group.restart()
+
+
+def test_a_collected_group_does_not_start_again() -> None:
+    group = WorkerGroup(Worker, 1, start_method="forkserver", restart=Restart(1, 3600.0))
+    with pytest.raises(WorkerDied):
+        group[0].call(Worker.die)
+    until(lambda: any("restart" in thread.name for thread in threading.enumerate()))
+    with pytest.warns(ResourceWarning, match="collected"):
+        del group
+        gc.collect()  # the exception above has frames that hold it
+        until(lambda: not any("restart" in thread.name for thread in threading.enumerate()))
+
+
+@pytest.mark.parametrize("way", ["exits", "killed"])
+def test_a_driver_that_ends_during_the_back_off_leaves_nothing(way: str) -> None:
+    code = """
+    class Worker:
+        def pids(self): return os.getpid(), os.getppid()
+        def die(self): os.kill(os.getpid(), 9)
+
+    group = WorkerGroup(Worker, 1, start_method="forkserver", restart=Restart(1, 3600.0))
+    pids = group[0].call(Worker.pids)
+    try:
+        group[0].call(Worker.die)
+    except WorkerDied:
+        pass
+    while not any("restart" in thread.name for thread in threading.enumerate()):
+        time.sleep(0.001)
+    say(pids=pids)
+    hear()
+    """
+    with Script(code) as script, Watch(script.line()["pids"]) as family:
+        if way == "killed":
+            script.kill()
+        else:
+            script.tell()
+        status = script.end()
+        assert status == (-signal.SIGKILL if way == "killed" else 0), script.errors()
+        assert not family.left(SECONDS)
+
+
+def test_interrupting_a_restart_ends_the_group() -> None:
+    code = """
+    import signal
+    class Slow:
+        def __init__(self, path):
+            if os.path.exists(path): time.sleep(3600)
+            open(path, "w").close()
+        def pids(self): return os.getpid(), os.getppid()
+
+    import tempfile
+    path = tempfile.mkdtemp() + "/made"
+    group = WorkerGroup(Slow, 1, args=(path,))
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        group.restart()
+    except KeyboardInterrupt:
+        say(interrupted=True, threads=[t.name for t in threading.enumerate()])
+    try:
+        group.call(Slow.pids)
+    except GroupClosed as error:
+        say(closed=str(error))
+    """
+    with Script(code) as script:
+        assert script.line() == {"interrupted": True, "threads": ["MainThread"]}
+        assert "closed" in script.line()["closed"]
+        assert script.end() == 0
+
+
+def test_a_forked_child_cannot_restart_the_group() -> None:
+    code = """
+    class Worker:
+        def echo(self, value): return value
+
+    with WorkerGroup(Worker, 1, restart=Restart(1)) as group:
+        if os.fork() == 0:
+            for act in (group.restart, group.wait_ready):
+                try:
+                    act()
+                except RuntimeError as error:
+                    say(child=str(error))
+            os._exit(0)
+        os.wait()
+        say(parent=group.call(Worker.echo, 1))
+    """
+    with Script(code) as script:
+        assert "forked child" in script.line()["child"]
+        assert "forked child" in script.line()["child"]
+        assert script.line() == {"parent": [1]}
+        assert script.end() == 0
+
+
+@pytest.mark.parametrize("start_method", STARTS)
+def test_torch_meets_again_after_a_restart(start_method: str) -> None:
+    pytest.importorskip("torch")
+    preload = ["torch"] if start_method == "forkserver" else []
+    with WorkerGroup(Meets, 2, start_method=start_method, preload=preload) as group:
+        assert group.call(Meets.total) == [3, 3]
+        group.restart()
+        assert group.call(Meets.total) == [3, 3]
+
+
+class Meets:
+    def __init__(self) -> None:
+        import torch.distributed
+
+        torch.distributed.init_process_group("gloo")
+
+    def total(self) -> int:
+        import torch
+
+        mine = torch.tensor(torch.distributed.get_rank() + 1)
+        torch.distributed.all_reduce(mine)
+        return int(mine)
+
+
+def test_several_threads_see_one_restart() -> None:
+    with WorkerGroup(Worker, 2) as group:
+        before = group.pids
+        both = [in_thread(group.restart) for _ in range(4)]
+        for each in both:
+            each.value()
+        assert not set(before) & set(group.pids)
+        assert group.call(Worker.count) == [1, 1]
+
+
+def test_a_start_that_cannot_be_made_says_why() -> None:
+    made_of: list[Any] = []
+    with WorkerGroup(TakesAnything, 1, args=(made_of,)) as group:
+        made_of.append(threading.Lock())
+        with pytest.raises(TypeError, match="lock"):
+            group.restart()
+        made_of.clear()
+        group.restart()
+        assert group.healthy
+
+
+class TakesAnything:
+    def __init__(self, anything: Any) -> None:
+        pass
+
+
+def test_start_timeout_holds_for_a_restart(tmp_path: Any) -> None:
+    path = tmp_path / "made"
+    with WorkerGroup(SlowTheSecondTime, 1, args=(str(path),), start_timeout=2.0) as group:
+        with pytest.raises(StartupError, match="not ready after 2 s"):
+            group.restart()
+        assert not group.healthy
+
+
+class SlowTheSecondTime:
+    def __init__(self, path: str) -> None:
+        if os.path.exists(path):
+            threading.Event().wait(3600)
+        open(path, "w").close()
