@@ -8,7 +8,7 @@
 Every view of the group finds the engine here, so it finds the new one after a restart. Until that
 sits, calls meet the old engine, which refuses them.
 
-At most one thread restarts (`_thread`, set and cleared under `_lock`). It owns the new engine
+At most one thread restarts (`_thread`, set and cleared under `_lock`; seating clears it, too).
 (`_fresh`) until that sits; `_closing` tells it to stop, and whoever sets that kills `_fresh`. So
 the new engine is ended by whichever of the two sees the other. The seat does not hold the group,
 which may be collected while its ranks start again.
@@ -69,6 +69,8 @@ class Seat:
                 return False
             self._policy.ready(clock())
             self.engine = engine
+            self._thread = None  # now: if this engine breaks at once, that is a restart of its own
+            self._over = self.spec.restart is None
         if not self._over:
             engine.on_break = self._broke
             engine.outlook = "is broken and about to be restarted: wait_ready() waits for that"
@@ -84,7 +86,7 @@ class Seat:
         engine = self.engine
         with self._lock:
             if self._thread is not None:
-                return  # a restart by hand is under way
+                return  # it breaks while it is retired
             wait = None if self._closing else self._policy.failed(clock())
             if wait is not None:
                 text = str(explain(cause, None, engine)).partition(". ")[0]
@@ -152,7 +154,8 @@ class Seat:
                     logger.error("%s was not restarted: %s", self.spec.name, self._error)
                     self._tell_failure()
             with self._lock:
-                self._thread = None
+                if self._thread is not None and self._thread.is_current():
+                    self._thread = None
             self._news.ring()
 
     def _start(self, warm: Held | None) -> Exception | None:
@@ -168,6 +171,7 @@ class Seat:
                 self._reload(engine)
             if self._closing or not self.take(engine):
                 engine.kill()
+                return None  # nobody waits for it any more
         except Exception as error:
             if self._fresh is not None:
                 self._fresh.kill()
@@ -197,8 +201,8 @@ class Seat:
         """No restart will come by itself any more."""
         self._over = True
         used = self._policy.used
-        engine.outlook = "is broken and takes no more calls: make a new group" + (
-            f" ({used} restart{'s' * (used != 1)} used up)" if self.spec.restart else ""
+        engine.outlook = "is broken and takes no more calls: make a new group, or try restart()" + (
+            f" ({used} restart{'s' * (used != 1)} used up)" if used else ""
         )
         self._news.ring()
 

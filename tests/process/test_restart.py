@@ -174,6 +174,19 @@ def test_starts_that_fail_count_and_their_reason_is_told(tmp_path: Any) -> None:
     assert path.read_text() == "xxx"
 
 
+def test_an_engine_that_breaks_as_it_is_seated_is_restarted_again() -> None:
+    """Its death may come before, while or after the restart's thread is done with it."""
+    for _ in range(5):
+        with WorkerGroup(
+            Worker, 1, restart=Restart(3, 0.0, lambda ranks: ranks[0].submit(Worker.die))
+        ) as group:
+            with pytest.raises(WorkerDied):
+                group[0].call(Worker.die)
+            until(lambda group=group: "used up" in str(group.failure))
+            with pytest.raises(GroupBroken, match="3 restarts used up"):
+                group.wait_ready(SECONDS)
+
+
 def test_on_failure_may_restart_the_group() -> None:
     """The natural thing to do there; it runs on the callback thread of the engine that ends."""
     done = threading.Event()

@@ -347,8 +347,9 @@ def _reduce_torch(obj: object, pickler: Any) -> Any:
     kind = type(obj)
     torch = sys.modules.get("torch")
     if kind is getattr(torch, "Tensor", None) or kind is sys.modules["torch.nn"].Parameter:
-        from rankwise.wire.tensors import is_on_gpu, reduce_tensor
+        from rankwise.wire.tensors import is_on_gpu, reduce_tensor, refuse_graph
 
+        refuse_graph(obj)
         if not pickler.readers or not is_on_gpu(obj):
             return reduce_tensor(obj)
         if type(pickler) is _PlainPickler:

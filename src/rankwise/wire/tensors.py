@@ -1,10 +1,10 @@
 """torch tensors in CPU memory, as buffers: imported when one is first sent or received.
 
-    tensor  > (make, storage, dtype, offset, size, stride)      storage > its bytes, out of band
+    tensor  > (make, its elements, dtype, size, stride)         storage > its bytes, out of band
 
-torch's own pickling copies a storage into the pickle; this hands its bytes to the arena, as numpy
-does with an array. Two tensors of one storage stay two tensors of one storage. But a view of a part
-travels without the rest, as an array does: `x[0]` of a gigabyte is not a gigabyte.
+torch's own pickling copies a whole storage into the pickle; this hands the tensor's own elements to
+the arena, as numpy does with an array: `x[0]` of a gigabyte is not a gigabyte. So two tensors that
+share memory arrive apart, as two arrays do; the same object twice arrives as one.
 
 What is not a plain tensor in CPU memory (a subclass, sparse, quantized, on a device, with hooks or
 attributes of its own) is left to torch; one in a GPU's memory is `gpu.py`'s, where its readers are
@@ -37,37 +37,59 @@ def _is_plain(tensor: Any) -> bool:
     )
 
 
+def refuse_graph(tensor: Any) -> None:
+    """Raise ValueError for a `tensor` whose gradient leads on to others: they do not travel."""
+    if tensor.requires_grad and not tensor.is_leaf:
+        raise ValueError(
+            "it was computed from tensors that require grad, and no graph crosses processes: send "
+            "tensor.detach(), or compute it under torch.no_grad()"
+        )
+
+
 def reduce_tensor(tensor: Any) -> Any:
     """How `tensor`, a Tensor or Parameter, is rebuilt; NotImplemented: torch knows better."""
     if tensor.device.type != "cpu" or not _is_plain(tensor):
         return NotImplemented
     with torch.no_grad():
         plain = tensor.detach()
-        storage = plain.untyped_storage()
-        if plain.numel() * plain.element_size() < storage.nbytes():
+        if not _is_dense(plain):
             plain = plain.clone(memory_format=torch.preserve_format)
-            storage = plain.untyped_storage()
     return _make, (
         type(tensor) is torch.nn.Parameter,
-        storage,
+        _elements(plain.data_ptr(), plain.numel() * plain.element_size(), plain),
         tensor.dtype,
-        plain.storage_offset(),
         tuple(plain.size()),
         plain.stride(),
         tensor.requires_grad,
     )
 
 
+def _is_dense(tensor: Any) -> bool:
+    """Whether its elements lie side by side, in whatever order of its dimensions."""
+    if not tensor.numel():
+        return True
+    step = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.size(), strict=True)):
+        if size > 1:
+            if stride != step:
+                return False
+            step *= size
+    return True
+
+
+def _elements(address: int, size: int, owner: Any) -> Any:
+    if not size:
+        return b""
+    memory: Any = (ctypes.c_char * size).from_address(address)
+    memory.owner = owner  # for as long as the buffer is looked at
+    return PickleBuffer(memory)
+
+
 def reduce_storage(storage: Any) -> Any:
     """How `storage`, an UntypedStorage, is rebuilt; NotImplemented: torch knows better."""
     if storage.device.type != "cpu":
         return NotImplemented
-    size = storage.nbytes()
-    if not size:
-        return _make_storage, (b"",)
-    memory = (ctypes.c_char * size).from_address(storage.data_ptr())
-    memory.owner = storage  # for as long as the buffer is looked at
-    return _make_storage, (PickleBuffer(memory),)
+    return _make_storage, (_elements(storage.data_ptr(), storage.nbytes(), storage),)
 
 
 def _make_storage(data: Any) -> Any:
@@ -78,14 +100,13 @@ def _make_storage(data: Any) -> Any:
 
 def _make(
     parameter: bool,
-    storage: Any,
+    elements: Any,
     dtype: torch.dtype,
-    offset: int,
     size: tuple[int, ...],
     stride: tuple[int, ...],
     requires_grad: bool,
 ) -> Any:
-    made = torch.empty(0, dtype=dtype).set_(storage, offset, size, stride)
+    made = torch.empty(0, dtype=dtype).set_(_make_storage(elements), 0, size, stride)
     if parameter:
         return torch.nn.Parameter(made, requires_grad)
     return made.requires_grad_() if requires_grad else made
