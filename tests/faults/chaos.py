@@ -316,8 +316,9 @@ class Episode:
     def kill_launcher(self) -> None:
         for member in self.family.members():
             if member.pid == self.victim():
-                parent = int(member.read("stat").rpartition(")")[2].split()[1])
-                if parent != os.getpid() and self.random.random() < 0.5:
+                fields = member.read("stat").rpartition(")")[2].split()
+                parent = int(fields[1]) if len(fields) > 1 else 0  # it has gone meanwhile
+                if parent and parent != os.getpid() and self.random.random() < 0.5:
                     self.send(parent, signal.SIGKILL)
 
     def restart(self) -> None:
