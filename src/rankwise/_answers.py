@@ -85,11 +85,34 @@ def _earliest(failures: Mapping[int, bytes], call: Call, engine: Engine) -> Exce
         rank: failure(failures[rank], rank, engine.ranks.pid(rank), call.method) for rank in order
     }
     first = errors[order[0]]
+    for line in _consequences(order, errors, {rank: failed_at(failures[rank]) for rank in order}):
+        first.add_note(line)
     try:
         first.failures = errors  # type: ignore[attr-defined]
     except AttributeError:
         pass  # an exception class with __slots__
     return first
+
+
+def _consequences(
+    order: list[int], errors: Mapping[int, Exception], when: Mapping[int, float]
+) -> list[str]:
+    """A line for each failure that came after the first of `order`; one for all that are alike.
+
+    They are its consequences as a rule (a peer that has gone from a collective), and their full
+    tracebacks would bury it. `failures` has them.
+    """
+    alike: dict[str, list[int]] = {}
+    for rank in order[1:]:
+        error = errors[rank]
+        cause = error.__cause__ if isinstance(error.__cause__, RemoteError) else error
+        text = str(cause).partition("\n")[0].partition(": ")[2]
+        alike.setdefault(text, []).append(rank)
+    began = when[order[0]]
+    return [
+        f"after it, {(when[ranks[0]] - began) * 1e3:.1f} ms later, {ranks_text(ranks)}: {text}"
+        for text, ranks in alike.items()
+    ]
 
 
 def explain(

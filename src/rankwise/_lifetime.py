@@ -125,7 +125,18 @@ def log_unfetched(future: GroupFuture[Any]) -> None:
 
 
 def log_failure(call: Call, rank: int, body: bytes) -> None:
-    """Log a failure that came after its call had its outcome."""
+    """Log a failure that came after its call had its outcome.
+
+    After another rank's failure it is a consequence, as a rule: one line, and no traceback.
+    """
+    first = call.failure()
+    if first is not None:
+        _, name, message, *_ = opened(body)
+        logger.warning(
+            "%s() on rank %d, after the failure of rank %d: %s: %s",
+            call.method, rank, first[0], name, message.partition("\n")[0],
+        )  # fmt: skip
+        return
     _log("not raised, for its call was settled already: the exception of", call, rank, body)
 
 

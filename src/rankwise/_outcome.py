@@ -1,6 +1,7 @@
-"""A value, or Failed: the only place where a user's exceptions are caught, and made again.
+"""A value, or Failed: a user's exception as a value, as bytes, and as an exception again.
 
-worker:  capture(function, *args) > value | Failed(exception) > frame
+worker:  your code > value | Failed(exception) > frame          caught in `_worker.serve` for calls,
+                                                                 in `capture` for what runs once
 driver:  frame > failure(...) > the exception that the caller catches, with RemoteError as its cause
 """
 

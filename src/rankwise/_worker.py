@@ -1,11 +1,11 @@
-"""The worker's main: bootstrap, loop, capture, reply.
+"""The worker's main: bootstrap, loop, reply.
 
     launcher > main > serve_process > serve
     channel ==frame==> receive > load > method > value | Failed > encode > reply ==frame==> driver
 
 One thread, the process's main one, receives, runs and answers; calls are run in the order in which
-they come. What your method raises is a value (`_outcome.capture`), SystemExit too. `serve` itself
-knows no process: the inline backend runs it in a thread.
+they come. What your method raises is a value, SystemExit too. `serve` itself knows no process: the
+inline backend runs it in a thread.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
+import re
 import threading
+import time
 
 import pytest
 from contract_worker import (
@@ -14,7 +17,7 @@ from contract_worker import (
     Worker,
 )
 
-from rankwise import RemoteError, SerializationError, WorkerGroupError
+from rankwise import RemoteError, SerializationError, WorkerGroupError, worker_info
 
 
 def test_the_same_type_and_args_arrive(group):
@@ -88,6 +91,44 @@ def test_failures_has_every_rank_that_failed(group):
     assert all(type(error) is ValueError for error in failures.values())
     assert {error.__cause__.rank for error in failures.values()} == {0, 2}
     assert caught.value in failures.values()
+
+
+def test_later_failures_are_a_line_each_on_the_first_and_alike_ones_share_it(group):
+    def fail(worker):
+        rank = worker_info().rank
+        if rank == 1:
+            raise ValueError("the cause")
+        time.sleep(0.01)
+        raise ConnectionError("a peer has gone\nand more of it")
+
+    with pytest.raises(ValueError, match="the cause") as caught:
+        group.call(fail)
+    first, *later = caught.value.__notes__
+    assert first.startswith("rank 1 (pid ")
+    assert len(later) == 1
+    pattern = r"after it, [\d.]+ ms later, ranks [02], [02]: ConnectionError: a peer has gone"
+    assert re.fullmatch(pattern, later[0])
+
+
+def test_a_failure_long_after_the_first_is_logged_in_one_line(group, caplog):
+    def fail(worker):
+        if worker_info().rank == 1:
+            raise ValueError("the cause")
+        time.sleep(0.3)
+        raise ConnectionError("a peer has gone\nand more of it")
+
+    with caplog.at_level(logging.WARNING, "rankwise"):
+        with pytest.raises(ValueError, match="the cause"):
+            group.call(fail)
+        group.flush()
+        waited = time.monotonic() + 5
+        while len(caplog.records) < 2 and time.monotonic() < waited:
+            time.sleep(0.01)
+    texts = sorted(record.getMessage() for record in caplog.records)
+    assert len(texts) == 2
+    for rank, text in zip((0, 2), texts, strict=True):
+        assert f"on rank {rank}" in text and "after the failure of rank 1" in text
+        assert text.endswith("ConnectionError: a peer has gone")
 
 
 def test_the_first_of_several_failures_is_raised(group, gate):
