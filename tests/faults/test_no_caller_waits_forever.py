@@ -24,6 +24,7 @@ from rankwise import (
 )
 
 SOON = 5.0  # seconds; a hang is minutes. Medians are the benchmark's business, not the tests'.
+cell = pytest.mark.cell
 
 EXITS = {
     "os._exit": 3,
@@ -39,13 +40,6 @@ START = {
 }
 
 methods = pytest.mark.parametrize("method", START)
-
-
-@pytest.fixture(autouse=True)
-def _soon():
-    began = time.monotonic()
-    yield
-    assert time.monotonic() - began < SOON + 3.0
 
 
 def start(stage: str, fault: str, method: str, **options: object) -> WorkerGroup:
@@ -66,6 +60,12 @@ def check_death(error: BaseException, fault: str) -> None:
 # -- before the group is there ----------------------------------------------------------------
 
 
+@cell(
+    stage="start",
+    gets="StartupError: rank, phase, exit status, last output; its cause is what was "
+    "raised, or a WorkerDied",
+    within=8,
+)
 @methods
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("stage", ["import", "construct", "enter"])
@@ -88,6 +88,11 @@ def test_a_start_that_fails_names_rank_and_phase(stage: str, fault: str, method:
         check_death(error.__cause__, fault)
 
 
+@cell(
+    stage="start",
+    gets="StartupTimeout at start_timeout: who is not ready, its phase, stack and last line",
+    within=8,
+)
 @methods
 @pytest.mark.parametrize("fault", ["sleep", "hold-gil", "SIGSTOP"])
 @pytest.mark.parametrize("stage", ["import", "construct", "enter"])
@@ -100,6 +105,11 @@ def test_a_start_that_sticks_ends_at_start_timeout(stage: str, fault: str, metho
     assert f"rank {RANK}" in str(error)
 
 
+@cell(
+    stage="spawn",
+    gets="StartupError that names the interpreter",
+    within=8,
+)
 @methods
 def test_an_interpreter_that_cannot_start_is_reported(method: str, monkeypatch) -> None:
     import sys
@@ -110,6 +120,11 @@ def test_an_interpreter_that_cannot_start_is_reported(method: str, monkeypatch) 
     assert "/nonexistent/python" in str(caught.value)
 
 
+@cell(
+    stage="import",
+    gets="StartupError; its cause is the ImportError",
+    within=8,
+)
 @methods
 def test_a_module_that_ranks_cannot_import_is_reported(method: str) -> None:
     env = {"FAULTY_IMPORT": "1"}
@@ -153,6 +168,12 @@ waiters = pytest.mark.parametrize(
 )
 
 
+@cell(
+    stage="receive, run, reply",
+    gets="code that raises: its exception, and the rank lives on; a process that ends: "
+    "WorkerDied with rank, signal or status, method; GroupBroken from then on",
+    within=8,
+)
 @methods
 @waiters
 @pytest.mark.parametrize("fault", FAULTS)
@@ -182,6 +203,11 @@ def test_no_caller_waits_forever(stage: str, fault: str, waiter, method: str) ->
             check_death(later.value.first, fault)
 
 
+@cell(
+    stage="idle",
+    gets="on_failure hears WorkerDied without a method; later calls GroupBroken",
+    within=8,
+)
 @methods
 @pytest.mark.parametrize("fault", ["os._exit", "SIGKILL", "SIGSEGV", "SIGABRT", "SIGTERM"])
 def test_a_rank_that_dies_idle_breaks_the_group(fault: str, method: str) -> None:
@@ -212,6 +238,12 @@ def _die_when_readable(worker: Faulty, fault: str, path: str) -> None:
     worker.thread_then_die(fault, os.open(path, os.O_RDONLY))
 
 
+@cell(
+    stage="run",
+    gets="the first failure, 50 ms later at most, while the others wait in a collective; "
+    "they get `grace`, then the group breaks",
+    within=8,
+)
 @methods
 @pytest.mark.parametrize("fault", ["os._exit", "SIGKILL", "raise"])
 def test_a_failure_reaches_the_caller_while_peers_are_stuck(
@@ -229,6 +261,12 @@ def test_a_failure_reaches_the_caller_while_peers_are_stuck(
             check_death(caught.value, fault)
 
 
+@cell(
+    stage="run",
+    gets="CallTimeout at the deadline: answered, missing, and for each its state, CPU, "
+    "stack and last line; the other ranks go on",
+    within=8,
+)
 @methods
 @pytest.mark.parametrize("fault", ["sleep", "hold-gil", "SIGSTOP"])
 def test_a_stuck_rank_costs_its_timeout_and_no_more(fault: str, method: str) -> None:
@@ -251,6 +289,11 @@ def test_a_stuck_rank_costs_its_timeout_and_no_more(fault: str, method: str) -> 
 # -- at the end -------------------------------------------------------------------------------
 
 
+@cell(
+    stage="close",
+    gets="close returns, and nothing is left",
+    within=8,
+)
 @methods
 @pytest.mark.parametrize("fault", ["raise", "SystemExit", "os._exit", "SIGKILL", "SIGSEGV"])
 @pytest.mark.parametrize("stage", ["exit", "atexit"])
@@ -261,6 +304,11 @@ def test_close_ends_whatever_the_rank_does(stage: str, fault: str, method: str) 
     assert not group.healthy
 
 
+@cell(
+    stage="close",
+    gets="close returns after its timeout, SIGTERM, 1 s and SIGKILL; nothing is left",
+    within=8,
+)
 @methods
 @pytest.mark.parametrize("fault", ["sleep", "hold-gil", "SIGSTOP"])
 @pytest.mark.parametrize("stage", ["exit", "atexit"])

@@ -1,0 +1,83 @@
+"""docs/faults.md, out of the fault tests' own marks and parameters.
+
+python scripts/faults_page.py > docs/faults.md
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parents[1] / "tests" / "faults"
+
+# Who waits at a stage at which it is not a call, or not only.
+_WAITERS = {
+    "start": "the constructor",
+    "spawn": "the constructor",
+    "import": "the constructor",
+    "idle": "`on_failure`",
+    "close": "`close`",
+}
+
+HEAD = """# What happens when something goes wrong
+
+Each row is a test of `tests/faults`, run with every combination of what it lists; this page is
+made of the tests' own parameters (`scripts/faults_page.py`). "within" is what each of these tests
+asserts of itself, start and end of the group included: it tells a hang from an answer, and is no
+measurement. `make soak` plays all of it at random.
+
+| stage | fault | started by | waiter | the caller gets | within |
+|---|---|---|---|---|---|
+"""
+
+
+def rows() -> list[str]:
+    """The table's rows, in the order of the files and of the tests in them."""
+    sys.path.insert(0, str(FOLDER))
+    found = []
+    for path in sorted(FOLDER.glob("test_*.py")):
+        module = importlib.import_module(path.stem)
+        for name, test in vars(module).items():
+            marks = list(getattr(test, "pytestmark", ())) if name.startswith("test_") else []
+            cell = next((mark for mark in marks if mark.name == "cell"), None)
+            if cell is not None:
+                found.append(_row(cell.kwargs, marks))
+    return found
+
+
+def _row(cell: dict[str, Any], marks: list[Any]) -> str:
+    values: dict[str, list[str]] = {}
+    for mark in marks:
+        if mark.name == "parametrize":
+            names, given = mark.args[:2]
+            first = (names if isinstance(names, str) else names[0]).split(",")[0].strip()
+            ids = mark.kwargs.get("ids")
+            values[first] = [_text(value, ids, at) for at, value in enumerate(given)]
+    stage = ", ".join(values.get("stage", [cell["stage"]]))
+    columns = [
+        stage,
+        ", ".join(values.get("fault", ["it cannot be had"])),
+        ", ".join(values.get("method", values.get("options", []))),
+        ", ".join(values.get("waiter", [_WAITERS.get(cell["stage"], "call")])),
+        cell["gets"],
+        f"{cell['within']} s",
+    ]
+    return "| " + " | ".join(columns) + " |"
+
+
+def _text(value: Any, ids: Any, at: int) -> str:
+    if callable(ids):
+        return str(ids(value)).removeprefix("by_")
+    if ids is not None:
+        return str(ids[at])
+    return str(value[0] if isinstance(value, tuple) else value)
+
+
+def page() -> str:
+    return HEAD + "\n".join(rows()) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())
