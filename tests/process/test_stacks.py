@@ -289,7 +289,6 @@ def test_a_dump_is_complete_however_long_the_stack_and_many_the_threads(gate):
             assert [frame.function for frame in frames].count("deep") == 91
             frames = main_frames(stacks[1].stack)
             assert len(frames) == 100, "faulthandler's own limit"
-            assert stacks[1].stack.endswith("\n  ...\n")
         open_gates(gate)
         for future in futures:
             future.result()

@@ -129,10 +129,10 @@ def test_the_pause_after_a_failure_and_the_grace_go_by_the_clock(group, manual_c
 
 
 def test_what_is_left_for_a_call_goes_by_the_clock(group, manual_clock):
-    assert group[0].options(timeout=LONG).call("remaining") == LONG
-    manual_clock.advance(LONG)
-    left = group[0].options(timeout=LONG).call("remaining")
-    assert left == pytest.approx(LONG, abs=1e-9)  # what floats make of now + LONG - now
+    for _ in range(2):
+        left = group[0].options(timeout=LONG).call("remaining")
+        assert left == pytest.approx(LONG, abs=1e-9)  # what floats make of now + LONG - now
+        manual_clock.advance(LONG)
 
 
 def test_flush_has_its_limit_by_the_clock(group, manual_clock):
