@@ -168,7 +168,7 @@ class InlineEngine:
     def tick(self) -> None:
         """Time has passed: what is due is done."""
         with self._lock:
-            self._ledger.expire(self._now())
+            self._ledger.expire(clock() if self._manual is None else self._manual.due())
             overdue, self._ledger.overdue = self._ledger.overdue, deque()
             slow, self._ledger.slow = self._ledger.slow, deque()
         self._explain(overdue, slow)

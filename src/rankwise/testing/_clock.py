@@ -17,7 +17,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
-    from typing import Self
+    from typing import Final, Self
+
+
+NANOSECOND: Final = 1e-9  # seconds
 
 
 class ManualClock:
@@ -53,6 +56,10 @@ class ManualClock:
         """What it reads, seconds; as `time.monotonic` did when it was made, and what was added."""
         return self._now
 
+    def due(self) -> float:
+        """Up to when all is due now: floats that are added up in another order end elsewhere."""
+        return self._now + NANOSECOND
+
     def advance(self, seconds: float) -> None:
         """Let `seconds` pass, and everything happen that is due then. From any thread."""
         checked = check_timeout(seconds, "seconds")
@@ -82,7 +89,7 @@ class ManualClock:
         """Wait until `happened()` is true (True) or this clock reads `until` (False)."""
         if until is None:
             return self._news.wait_for(happened, None)
-        self._news.wait_for(lambda: happened() or self._now >= until, None)
+        self._news.wait_for(lambda: happened() or self.due() >= until, None)
         return happened()
 
     def left(self, until: float | None) -> float | None:
