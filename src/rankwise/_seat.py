@@ -8,10 +8,13 @@
 Every view of the group finds the engine here, so it finds the new one after a restart. Until that
 sits, calls meet the old engine, which refuses them.
 
-At most one thread restarts (`_thread`, set and cleared under `_lock`; seating clears it, too).
-(`_fresh`) until that sits; `_closing` tells it to stop, and whoever sets that kills `_fresh`. So
-the new engine is ended by whichever of the two sees the other. The seat does not hold the group,
-which may be collected while its ranks start again.
+At most one thread restarts (`_thread`, set and cleared under `_lock`; seating clears it, too). It
+owns the new engine (`_fresh`) until that sits; `_closing` tells it to stop, and whoever sets that
+kills `_fresh`. So the new engine is ended by whichever of the two sees the other. The seat does not
+hold the group, which may be collected while its ranks start again.
+
+An engine's end is heard of once: by its own word, if it sits then, or by a look after it was seated
+(`_mourned` says for which that was done). Nothing of the user's runs under `_lock`.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ class Seat:
         self.spec = spec
         self.engine = engine
         self._fresh: Engine | None = None
+        self._mourned: Engine | None = None  # the engine whose end was dealt with last
         self._policy = Policy(spec.restart)
         self._lock = threading.Lock()
         self._thread: Background | None = None
@@ -64,36 +68,35 @@ class Seat:
 
     def take(self, engine: Engine) -> bool:
         """Seat `engine`, which is ready. False where the group is being closed."""
+        restarts = self.spec.restart is not None
+        if restarts:
+            engine.outlook = "is broken and about to be restarted: wait_ready() waits for that"
+            engine.on_break = lambda cause: self._broke(engine, cause)
         with self._lock:
             if self._closing:
                 return False
             self._policy.ready(clock())
             self.engine = engine
             self._thread = None  # now: if this engine breaks at once, that is a restart of its own
-            self._over = self.spec.restart is None
-        if not self._over:
-            engine.on_break = self._broke
-            engine.outlook = "is broken and about to be restarted: wait_ready() waits for that"
-            cause = engine.refusal()
-            if cause is not None:  # it broke before it could have told us
-                engine.report_failure(cause)
+            self._over = not restarts
+        cause = engine.refusal()
+        if restarts and cause is not None and not isinstance(cause, Closed):
+            self._broke(engine, cause)  # when it told us, it did not sit yet
         return True
 
     # -- restarting ---------------------------------------------------------------------------
 
-    def _broke(self, cause: Error) -> None:
-        """The engine has broken. In its keeper's thread, or that of whoever closes it."""
-        engine = self.engine
+    def _broke(self, engine: Engine, cause: Error) -> None:
+        """`engine` has broken. In its keeper's thread, or that of whoever closes or seats it."""
         with self._lock:
-            if self._thread is not None:
-                return  # it breaks while it is retired
+            if engine is not self.engine or self._thread is not None or self._mourned is engine:
+                return  # it does not sit yet, it breaks while it is retired, or this is known
+            self._mourned = engine
             wait = None if self._closing else self._policy.failed(clock())
             if wait is not None:
-                text = str(explain(cause, None, engine)).partition(". ")[0]
-                engine.outlook = (
-                    f"is being restarted ({self._policy.count()}): wait_ready() waits for that"
-                )
-                engine.defer(lambda: self._log_restart(text, wait))
+                count = self._policy.count()
+                engine.outlook = f"is being restarted ({count}): wait_ready() waits for that"
+                engine.defer(lambda: self._log_broken(engine, cause, wait))
                 self._begin(wait, 0.0, by_hand=False)
                 return
         self._give_up(engine)
@@ -213,6 +216,9 @@ class Seat:
             failure = explain(cause, None, self.engine)
             failure.__cause__ = failure.__cause__ or self._error
             on_failure(failure)
+
+    def _log_broken(self, engine: Engine, cause: Error, wait: float) -> None:
+        self._log_restart(str(explain(cause, None, engine)).partition(". ")[0], wait)
 
     def _log_restart(self, why: str, wait: float) -> None:
         what = "%s; restart %s in %g s"

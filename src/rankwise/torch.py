@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -190,6 +191,7 @@ def _meet(info: RankInfo, words: memoryview, seconds: float | None, backend: str
     store: Store = dist.PrefixStore(f"rankwise/{info.master_port}/{round}", tcp)
     chosen = _gather(info, store, backend, began, until)
     if len(set(chosen)) > 1:
+        _part(info, store, until)
         raise RuntimeError(
             f"the ranks of {info.group} do not take the same backend: "
             + ", ".join(f"rank {rank} {name}" for rank, name in enumerate(chosen))
@@ -268,6 +270,16 @@ def _gather(
             "rank of the group must call it; look at what the missing ones do, or give a longer "
             "timeout"
         ) from error
+
+
+def _part(info: RankInfo, store: Store, until: float | None) -> None:
+    """Have every rank read what was chosen before rank 0, whose the store is, gives it up: who came
+    later would be told that it is gone, and not why."""
+    keys = [f"read/{rank}" for rank in range(info.world_size)]
+    with suppress(dist.DistError):
+        store.set(keys[info.rank], "")
+        if info.rank == 0:
+            store.wait(keys, _as_timedelta(until))
 
 
 def _gave_up(info: RankInfo) -> ConnectionError:

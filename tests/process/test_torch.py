@@ -236,6 +236,29 @@ def test_without_a_gpu_it_is_gloo_on_the_cpu():
             group.call(Rank.join, backend="nccl")
 
 
+def test_a_rank_that_reads_late_is_told_of_the_difference_too():
+    def join_late(rank, backend):
+        from torch.distributed import PrefixStore
+
+        real = PrefixStore.multi_get
+
+        def late(store, keys):
+            time.sleep(0.5)  # rank 0 has read, and would have gone
+            return real(store, keys)
+
+        PrefixStore.multi_get = late
+        try:
+            rank.join(backend=backend)
+        finally:
+            PrefixStore.multi_get = real
+
+    with WorkerGroup(Rank, 2, args=("none",), **FORKED) as group:
+        futures = [group[0].submit(Rank.join), group[1].submit(join_late, "cpu:gloo")]
+        for future in futures:
+            with pytest.raises(RuntimeError, match="same backend: rank 0 gloo, rank 1 cpu:gloo"):
+                future.result(60)
+
+
 def test_ranks_that_differ_in_their_backend_are_told():
     with WorkerGroup(Rank, 2, args=("none",), **FORKED) as group:
         futures = [group[0].submit(Rank.join), group[1].submit(Rank.join, backend="cpu:gloo")]
