@@ -80,12 +80,13 @@ def _value(
 
 def _earliest(failures: Mapping[int, bytes], call: Call, engine: Engine) -> Exception:
     """The failure that came first by the workers' clock; `failures` on it has all of them."""
-    order = sorted(failures, key=lambda rank: (failed_at(failures[rank]), rank))
+    when = {rank: failed_at(body) for rank, body in failures.items()}
+    order = sorted(when, key=lambda rank: (when[rank], rank))
     errors = {
         rank: failure(failures[rank], rank, engine.ranks.pid(rank), call.method) for rank in order
     }
     first = errors[order[0]]
-    for line in _consequences(order, errors, {rank: failed_at(failures[rank]) for rank in order}):
+    for line in _consequences(order, errors, when):
         first.add_note(line)
     try:
         first.failures = errors  # type: ignore[attr-defined]

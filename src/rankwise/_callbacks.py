@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rankwise")
 
+USERS_PATIENCE = 5.0  # seconds that an end waits for a callback of the user's
+
 
 class Callbacks:
     """One daemon thread, started with the first job. A job put is run once, in order."""

@@ -25,6 +25,7 @@ import threading
 
 from rankwise._answers import explain
 from rankwise._background import Background, Bell
+from rankwise._callbacks import USERS_PATIENCE
 from rankwise._calls import Closed
 from rankwise._deadline import clock, deadline
 from rankwise._options import DEFAULTS
@@ -37,7 +38,6 @@ from rankwise.errors import CallTimeout, StartupError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Final
 
     from rankwise._calls import Error
     from rankwise._engine import Engine
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from rankwise.backends.launching import Held
 
 logger = logging.getLogger("rankwise")
-
-USERS_PATIENCE: Final = 5.0  # seconds that a close waits for the user's on_restart
 
 
 class Seat:

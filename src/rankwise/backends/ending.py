@@ -19,6 +19,7 @@ import signal
 import threading
 
 from rankwise import _lifetime
+from rankwise._callbacks import USERS_PATIENCE
 from rankwise._calls import Call, Closed
 from rankwise._deadline import clock, deadline
 from rankwise._interrupts import is_interrupt
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 BROKEN_TERM = 0.3  # seconds that the ranks of a broken group have to exit by themselves
 TERM_GRACE = 1.0  # seconds between SIGTERM and SIGKILL
 STOPPED_LOOK = 1.0  # seconds between two looks at ranks that may be stopped
-USERS_PATIENCE = 5.0  # seconds that a close waits for a callback of the user's
 LAST_ID = 1 << 62
 NEVER = float("inf")
 

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from rankwise import _context, _lifetime, _planned
 from rankwise._answers import broken, slow_text
 from rankwise._background import Bell
-from rankwise._callbacks import Callbacks
+from rankwise._callbacks import USERS_PATIENCE, Callbacks
 from rankwise._calls import Call, Closed, Error, Expired
 from rankwise._deadline import clock, deadline, left
 from rankwise._environment import rank_infos
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rankwise")
 
-PATIENCE = 5.0  # seconds that an end waits for a callback of the user's
 NOTICE = 0.2  # seconds that an idle rank's thread has, even at a kill, to see that it is over
 
 
@@ -332,7 +331,7 @@ class InlineEngine:
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(left(until))
-        self._callbacks.close(0.0 if self.retired else PATIENCE)
+        self._callbacks.close(0.0 if self.retired else USERS_PATIENCE)
         self._ended = True
         if not any(thread.is_alive() for thread in self._threads):
             self.ranks.forget_status()
