@@ -6,6 +6,7 @@ It runs in the waiter's thread, never under a lock: it unpickles, which runs the
 from __future__ import annotations
 
 import signal
+from _pickle import loads as plain_loads
 
 from rankwise._calls import Broken, Call, Cancelled, Closed, Error, Expired, Garbled, Lost, Stuck
 from rankwise._interrupts import is_interrupt
@@ -23,6 +24,7 @@ from rankwise.errors import (
     describe_exit,
 )
 from rankwise.wire import codec
+from rankwise.wire.lending import LENT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,23 +37,42 @@ if TYPE_CHECKING:
 
 def take(call: Call, engine: Engine) -> Any:
     """The value of the settled `call`, in the shape that its caller asked for; or raises."""
-    answers = dict(call.answers)  # a copy: late answers still come in
+    answers = call.answers
+    if call.error is not None or call.reply_from is not None:
+        return _take_some(call, engine)
+    for kind, _ in answers.values():  # they are complete: nothing comes in any more
+        if kind == FAILED:
+            return _take_some(call, engine)
+    arena = engine.arena
+    values: list[object] = []
+    for rank in call.ranks:
+        kind, body = answers[rank]
+        if kind != OK or (arena is not None and body[0] == LENT):
+            values.append(_value(rank, answers[rank], call, engine))
+            continue
+        try:
+            values.append(plain_loads(body))
+        except Exception as reason:
+            values.append(_not_rebuilt(rank, reason, call, engine))
+    return values if call.shape is None else values[0]
+
+
+def _take_some(call: Call, engine: Engine) -> Any:
+    """As `take`, where a rank has failed, or not every rank has answered."""
     error = call.error
+    answers = dict(call.answers)  # a copy: late answers still come in
     if error is not None and not (call.return_exceptions and isinstance(error, (Lost, Broken))):
         raise explain(error, call, engine)
     failures = {rank: body for rank, (kind, body) in answers.items() if kind == FAILED}
     if failures and not call.return_exceptions:
         raise _earliest(failures, call, engine)
     if call.reply_from is not None and call.shape is not None and call.reply_from in answers:
-        return _value(call.reply_from, answers, call, engine)
-    values = [_value(rank, answers, call, engine) for rank in call.ranks]
+        return _value(call.reply_from, answers[call.reply_from], call, engine)
+    values = [_value(rank, answers.get(rank), call, engine) for rank in call.ranks]
     return values[0] if call.shape is not None else values
 
 
-def _value(
-    rank: int, answers: Mapping[int, tuple[int, bytes]], call: Call, engine: Engine
-) -> object:
-    answer = answers.get(rank)
+def _value(rank: int, answer: tuple[int, bytes] | None, call: Call, engine: Engine) -> object:
     if answer is None:  # only with return_exceptions, and the group broke
         assert call.error is not None
         return explain(call.error, call, engine, rank=rank)
@@ -63,19 +84,24 @@ def _value(
     try:
         return codec.loads(body, engine.arena)
     except Exception as reason:
-        if is_interrupt(reason):
-            raise
-        error = RemoteError(
-            f"the result of rank {rank} (pid {engine.ranks.pid(rank)}) in {call.method} could not "
-            f"be rebuilt in the driver: {type(reason).__name__}: {reason}",
-            rank=rank,
-            pid=engine.ranks.pid(rank),
-            method=call.method,
-            type_name=type(reason).__name__,
-        )
-        if call.return_exceptions:
-            return error
-        raise error from reason
+        return _not_rebuilt(rank, reason, call, engine)
+
+
+def _not_rebuilt(rank: int, reason: Exception, call: Call, engine: Engine) -> RemoteError:
+    """What stands for a result that unpickling has failed on; raised, unless asked for."""
+    if is_interrupt(reason):
+        raise reason
+    error = RemoteError(
+        f"the result of rank {rank} (pid {engine.ranks.pid(rank)}) in {call.method} could not "
+        f"be rebuilt in the driver: {type(reason).__name__}: {reason}",
+        rank=rank,
+        pid=engine.ranks.pid(rank),
+        method=call.method,
+        type_name=type(reason).__name__,
+    )
+    if call.return_exceptions:
+        return error
+    raise error from reason
 
 
 def _earliest(failures: Mapping[int, bytes], call: Call, engine: Engine) -> Exception:

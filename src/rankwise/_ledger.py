@@ -1,6 +1,7 @@
 """The ledger: which call is owed by whom, and what follows from each event. It touches nothing.
 
     place > (queued a rank) > next_to_send > begun > reply ... reply > settled > ended
+    begin > (nothing is queued there, as nearly always) ^
                   |                            |       failure > (50 ms) settled > (grace) broken
                 cancel, expire              lost: settled with WorkerDied, group broken
 
@@ -53,9 +54,8 @@ class Ledger:
     """The open calls of one group of `world_size` ranks."""
 
     __slots__ = (
-        "_barriers", "_dropping", "_last_id", "_placing", "_queued", "_timers", "broken",
-        "closing", "dead",
-        "exiting", "explains", "hung", "inflight", "late", "open", "overdue", "reports",
+        "_barriers", "_dropping", "_last_id", "_placing", "_timers", "broken", "closing", "dead",
+        "exiting", "explains", "hung", "inflight", "late", "open", "overdue", "queues", "reports",
         "settled", "slow", "world_size",
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ class Ledger:
         self.dead: dict[int, Exited | None] = {}
         self.hung: set[int] = set()
         self.late = 0  # answers to calls that were settled without them
-        self._queued: list[deque[Call]] = [deque() for _ in range(world_size)]
+        self.queues: list[deque[Call]] = [deque() for _ in range(world_size)]  # not sent yet, a rank
         self._placing: tuple[Call, ...] = ()
         self._last_id = 0
         self._timers: list[tuple[float, int, int]] = []  # when, what, call id or rank
@@ -100,6 +100,35 @@ class Ledger:
         self._placing = calls  # the commit: whoever comes next finishes it
         self.mend()
 
+    def begin(self, call: Call) -> bool:
+        """As `place`, where nothing is in the way of `call` on any of its ranks: it is under way to
+        all of them, to be sent there at once, and then noted by `all_sent`. False: `place` it.
+        """
+        if (
+            self._placing or self._dropping or self._barriers
+            or call.deadline is not None or call.slow is not None
+            or call.bodies is not None or len(call.body) > SMALL_BODY
+        ):  # fmt: skip
+            return False
+        queues = self.queues
+        inflight = self.inflight
+        for rank in call.ranks:
+            if queues[rank] or len(inflight[rank]) >= WINDOW_CALLS:
+                return False
+        number = self._last_id + 1
+        call.id = number
+        self._last_id = number
+        self._placing = (call,)  # the commit: whoever comes next queues it, if it was not all sent
+        call.begun = True
+        self.open[number] = call
+        for rank in call.ranks:
+            inflight[rank][number] = call
+        return True
+
+    def all_sent(self) -> None:
+        """The call that was begun has left for all its ranks, or is queued where it has not."""
+        self._placing = ()
+
     def mend(self) -> None:
         """Finish the `place` that was cut short, if one was. Every event begins with this."""
         if not (self._placing or self._dropping or self._barriers):
@@ -112,7 +141,7 @@ class Ledger:
                     self._timer(call.slow[0], SLOW, call.id)
             self.open[call.id] = call
             for rank in call.ranks:
-                queue = self._queued[rank]
+                queue = self.queues[rank]
                 if not queue or queue[-1].id < call.id:
                     queue.append(call)
         self._placing = ()
@@ -135,7 +164,7 @@ class Ledger:
 
         It stays first in the queue until `sent`.
         """
-        queue = self._queued[rank]
+        queue = self.queues[rank]
         while queue:
             call = queue[0]
             if call.dropped:
@@ -157,13 +186,10 @@ class Ledger:
 
     def sent(self, rank: int, call: Call) -> bool:
         """The last byte of `call` has left for `rank`. Whether more is queued for it."""
-        queue = self._queued[rank]
+        queue = self.queues[rank]
         if queue and queue[0] is call:
             queue.popleft()
         return bool(queue)
-
-    def queued(self, rank: int) -> bool:
-        return bool(self._queued[rank])
 
     # -- what comes back ----------------------------------------------------------------------
 
@@ -241,8 +267,8 @@ class Ledger:
         if rank in self.dead:
             return
         owed = next(iter(self.inflight[rank].values()), None)
-        if owed is None and self._queued[rank]:
-            owed = next((call for call in self._queued[rank] if not call.dropped), None)
+        if owed is None and self.queues[rank]:
+            owed = next((call for call in self.queues[rank] if not call.dropped), None)
         orderly = self.closing and owed is None and self.broken is None
         if not orderly:
             method = None if owed is None else owed.method
@@ -265,7 +291,7 @@ class Ledger:
                     call.error = Broken(cause)
                 self._finish(call)
             self._end(call)
-        for queue in self._queued:
+        for queue in self.queues:
             queue.clear()
         for inflight in self.inflight:
             inflight.clear()

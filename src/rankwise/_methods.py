@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from types import FunctionType
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+# What was found before: the qualified names of methods, and what is sent for them. Strings alone,
+# so no class is kept alive; few, for a program that makes its names up.
+_KNOWN: dict[str, str] = {}
+_MOST = 1000
 
 
 def resolve_method(method: object) -> tuple[str, str | Callable[..., object]]:
@@ -14,6 +21,10 @@ def resolve_method(method: object) -> tuple[str, str | Callable[..., object]]:
     a subclass runs; any other callable by value, to be called as `f(worker, *args, **kwargs)`.
     Raises TypeError for a method bound to an object of the driver, and for what cannot be called.
     """
+    if type(method) is FunctionType:
+        known = _KNOWN.get(method.__qualname__)
+        if known is not None:
+            return known, known
     if isinstance(method, str):
         if not method:
             raise TypeError("method must be a name or a callable, not an empty string")
@@ -32,6 +43,8 @@ def resolve_method(method: object) -> tuple[str, str | Callable[..., object]]:
     if holder and not holder.endswith("<locals>") and name.isidentifier():
         if name.startswith("__") and not name.endswith("__"):
             name = f"_{holder.rpartition('.')[2].lstrip('_')}{name}"  # as the compiler mangled it
+        if type(method) is FunctionType and len(_KNOWN) < _MOST:
+            _KNOWN[path] = name
         return name, name
     return method_name(method), method
 

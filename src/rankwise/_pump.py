@@ -45,18 +45,28 @@ if TYPE_CHECKING:
     from rankwise._calls import Error
     from rankwise._port import Port
     from rankwise._spin import Spin
+    from rankwise._status import News, StatusPage
 
 NEVER = float("inf")
 TICK = 0.4  # seconds between the keeper's looks at open calls
+LOOKS = 16  # looks at the ranks' news before one at the sockets themselves
 
 
 class Pump:
     """The call path of one group of processes. `spin`: how long a waiter polls."""
 
-    def __init__(self, sockets: list[socket], spin: Spin) -> None:
+    def __init__(
+        self,
+        sockets: list[socket],
+        spin: Spin,
+        status: StatusPage | None = None,
+        news: News | None = None,
+    ) -> None:
         self.lock = threading.RLock()
         self.ledger = Ledger(len(sockets))
-        self.sockets = Sockets(sockets, self.ledger, self.lock, self._note_news)
+        self.sockets = Sockets(
+            sockets, self.ledger, self.lock, self._note_news, status, news
+        )
         self.spin = spin
         self.inert: str | None = None  # why nothing may be done here (a forked child's copy)
         self.announce: Callable[[Call], None] = lambda call: None  # futures with callbacks
@@ -92,11 +102,14 @@ class Pump:
                 refusal = ledger.refusal()
                 if refusal is not None:
                     return refusal
-                ledger.place(calls)
-                flush = self.sockets.flush
-                for call in calls:
-                    for rank in call.ranks:
-                        flush(rank)
+                if len(calls) == 1 and ledger.begin(calls[0]):
+                    self.sockets.send(calls[0])
+                else:
+                    ledger.place(calls)
+                    flush = self.sockets.flush
+                    for call in calls:
+                        for rank in call.ranks:
+                            flush(rank)
                 lead = self.lead
                 if lead.leader is None:
                     if waiter is not None:
@@ -233,13 +246,20 @@ class Pump:
     def _poll(self, me: Waiter, call: Call, until: float | None) -> bool:
         """Lead until `call` is settled or somebody else leads (True), or it is `until` (False)."""
         poll = self._ready.poll
+        told = self.sockets.told
         lead = self.lead
         began = 0.0
+        looks = 0
         while not call.done and lead.leader is me:
             if lead.stranded:
                 self._recover()
                 continue
-            events = poll(0)
+            looks += 1
+            ready = told()
+            if ready:
+                self._take(ready)
+                continue
+            events = None if looks % LOOKS else poll(0)
             if not events:
                 now = clock()
                 if until is not None and now >= until:
@@ -279,6 +299,11 @@ class Pump:
                     self.sockets.flush(rank)
             if event & ~OUT:
                 ready.append(rank)
+        self._take(ready)
+
+    def _take(self, ready: list[int]) -> None:
+        """Feed the ledger with what the ranks in `ready` have sent, and tell who waits for it."""
+        sockets = self.sockets
         sockets.pull(ready)
         if sockets.deaths:
             sockets.bury()

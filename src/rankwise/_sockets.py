@@ -28,8 +28,9 @@ from rankwise._messages import (
     OK_LENT,
     WANT_VALUE,
 )
+from rankwise._status import News
 from rankwise.wire.channel import DriverChannel
-from rankwise.wire.frames import SEQUENCE_MASK, BadFrame
+from rankwise.wire.frames import HEADER_SIZE, SEQUENCE_MASK, BadFrame
 from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False
@@ -38,8 +39,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from socket import socket
 
+    from rankwise._calls import Call
     from rankwise._ledger import Ledger
     from rankwise._messages import Exited
+    from rankwise._status import StatusPage
     from rankwise.wire.arena import Arena
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
@@ -50,6 +53,7 @@ class Sockets:
     """The driver's ends of the call channels, and the epoll that a leader polls.
 
     on_news: called with the lock held when timers may have been set, or the group may have broken.
+    status, news: the ranks' pages, and what they say of their answers; None: they say nothing.
     """
 
     def __init__(
@@ -58,8 +62,15 @@ class Sockets:
         ledger: Ledger,
         lock: threading.RLock,
         on_news: Callable[[], None],
+        status: StatusPage | None = None,
+        news: News | None = None,
     ) -> None:
-        self.channels = [DriverChannel(sock) for sock in sockets]
+        self.channels = [
+            DriverChannel(sock, None if status is None else status.words(rank))
+            for rank, sock in enumerate(sockets)
+        ]
+        self._news = News(len(sockets)) if news is None else news
+        self._heard = b""  # the news that there is nothing to be taken for
         self.ready = select.epoll()
         self.ranks = {channel.fd: rank for rank, channel in enumerate(self.channels)}
         for channel in self.channels:
@@ -70,6 +81,26 @@ class Sockets:
         self._ledger = ledger
         self._lock = lock
         self._on_news = on_news
+
+    def send(self, call: Call) -> None:
+        """Send `call`, which the ledger has begun, to all its ranks. With the lock held."""
+        channels = self.channels
+        ledger = self._ledger
+        body = call.body
+        wanted = call.reply_from
+        lent = type(body) is Lent
+        for rank in call.ranks:
+            if lent:
+                body.hold.pending.discard(rank)  # type: ignore[attr-defined]  # as in `flush`
+            flags = WANT_VALUE if wanted is None or wanted == rank else 0
+            try:
+                if channels[rank].send_call(call, flags, b"", body):
+                    continue
+            except ConnectionError:
+                continue  # the other end is gone: end of file and the launcher will tell
+            ledger.queues[rank].append(call)
+            self.flush(rank)
+        ledger.all_sent()
 
     def flush(self, rank: int) -> None:
         """Send to `rank` what its socket takes. With the lock held."""
@@ -104,15 +135,29 @@ class Sockets:
     def flush_all(self) -> None:
         """Finish what a struck thread has begun. With the lock held."""
         self._ledger.mend()
-        for rank in range(len(self.channels)):
-            if self._ledger.queued(rank):
+        for rank, queue in enumerate(self._ledger.queues):
+            if queue:
                 self.flush(rank)
+
+    def told(self) -> list[int]:
+        """The ranks that say they have sent more than was taken. Looks at memory alone."""
+        said = self._news.look()
+        if said == self._heard:
+            return []
+        self._heard = said
+        words = self._news.words
+        return [
+            rank
+            for rank, channel in enumerate(self.channels)
+            if words[rank] != channel.receive_sequence and not channel.eof
+        ]
 
     def pull(self, ranks: list[int]) -> bool:
         """Feed the ledger with what `ranks` have sent. False: there is nothing more now.
 
         All of them first give what they have, and then it is fed, with the lock taken once.
         """
+        plain = []
         came = []
         bad: list[tuple[int, str]] = []
         ended: list[int] = []
@@ -125,6 +170,13 @@ class Sockets:
                 more = True
             elif channel.eof:
                 ended.append(rank)
+            else:
+                self._heard = b""  # the rank's word came before its bytes: look again
+                continue
+            answer = channel.plain_answer()
+            if answer is not None:
+                plain.append((rank, channel, *answer))
+                continue
             try:
                 frames, data, used = channel.frames()
             except BadFrame as error:
@@ -132,9 +184,23 @@ class Sockets:
                 bad.append((rank, str(error)))
             if frames:
                 came.append((rank, channel, frames, data, used))
-        if came:
+        if plain or came:
             now = clock()
+            ledger = self._ledger
             with self._lock:
+                ledger.mend()
+                for rank, channel, data, kind, call_id, sequence in plain:
+                    queue = ledger.queues[rank]
+                    if queue:
+                        self.flush(rank)  # as in `_feed`
+                    if sequence != channel.receive_sequence & SEQUENCE_MASK:
+                        continue  # a handler's own wait has fed it meanwhile
+                    if ledger.reply(rank, call_id, kind, data[HEADER_SIZE:], now):
+                        self._on_news()
+                    channel.receive_sequence += 1
+                    channel.consume(data, len(data))
+                    if queue:
+                        self.flush(rank)
                 for rank, channel, frames, data, used in came:
                     self._feed(rank, channel, frames, data, used, now)
         for rank, reason in bad:
@@ -157,8 +223,8 @@ class Sockets:
     ) -> None:
         """Feed the ledger with `frames`, which are the first `used` bytes of `data`."""
         ledger = self._ledger
-        ledger.mend()
-        if ledger.queued(rank):
+        queue = ledger.queues[rank]
+        if queue:
             # Struck after a call's last byte, before that was noted: note it before the
             # answer is taken, or the call would be put under way a second time.
             self.flush(rank)
@@ -190,7 +256,7 @@ class Sockets:
         channel.consume(data, used)
         if lent and self.arena is not None:
             self.arena.dealt(rank)
-        if ledger.queued(rank):
+        if queue:
             self.flush(rank)
         if failed:
             self._on_news()
@@ -235,6 +301,7 @@ class Sockets:
     def close(self) -> None:
         for channel in self.channels:
             channel.close()
+        self._news.close()
         self.ready.close()
 
 

@@ -2,17 +2,25 @@
 
     worker writes   phase, the call it runs and since when, the last call it finished, and
                     whether it sleeps until bytes come
-    driver writes   the ids of cancelled calls that are under way (a ring)
+    driver writes   the ids of cancelled calls that are under way (a ring), and the rank's BELL
+    news page       a word a rank, where that rank writes how many answers it has sent
 
 It decides nothing about order. It is read by `health()`, by the search for lost messages and by
 `current_call().cancelled()`; it replaces heartbeats and a reader thread in the worker. One memfd a
 group, without a name. Every field is one aligned 8-byte word, stored and loaded whole.
+
+The bell and the news are hints for who polls: a look at a word costs a twentieth of a look at a
+socket that is empty (a system call, and an exception out of it). The socket remains the truth. Who
+is told too early finds it empty and looks again; who is not told at all (a thread that was struck
+between the send and the store, a peer that has died) is found by the look at the kernel that ends
+every poll, and that comes now and then in a long one.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+from functools import partial
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ SINCE: Final = 2  # when that began, CLOCK_MONOTONIC in nanoseconds
 DONE: Final = 3  # the last call whose answer has been written
 PORT: Final = 4  # rank 0: round << 16 | port of the rendezvous store that it listens on
 NEXT_CANCEL: Final = 5
+BELL: Final = 6  # how many frames the driver has begun to send to the rank
 POLLS: Final = 8  # odd while the rank sleeps until bytes come; each sleep has its own number
 CANCELLED: Final = 256  # a ring of 256 ids: more than are ever under way to one rank
 
@@ -42,8 +51,31 @@ def make_status(world_size: int) -> int:
     """A descriptor of fresh pages, all zero, for `world_size` ranks."""
     fd = os.memfd_create("rankwise", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     # Reserved now: a page that cannot be had later would be SIGBUS, here it is an error.
-    os.posix_fallocate(fd, 0, PAGE * world_size)
+    os.posix_fallocate(fd, 0, PAGE * (world_size + _news_pages(world_size)))
     return fd
+
+
+def _news_pages(world_size: int) -> int:
+    return -(-world_size // WORDS)
+
+
+class News:
+    """The news page of a group: how many answers each rank has sent. `look()`: all of them, as
+    bytes that compare as a whole; without a descriptor plain memory (ranks that are threads)."""
+
+    __slots__ = ("_map", "look", "words")
+
+    def __init__(self, world_size: int, fd: int | None = None) -> None:
+        size = PAGE * _news_pages(world_size)
+        offset = PAGE * world_size
+        self._map = mmap.mmap(-1, size) if fd is None else mmap.mmap(fd, size, offset=offset)
+        self.words = memoryview(self._map).cast("Q")
+        # One C call: a memcpy under the interpreter's lock.
+        self.look = partial(self._map.__getitem__, slice(0, 8 * world_size))
+
+    def close(self) -> None:
+        self.words.release()
+        self._map.close()
 
 
 class StatusPage:

@@ -254,7 +254,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
     import faulthandler
     from _socket import socket  # `socket` itself takes 3 ms
 
-    from rankwise._status import StatusPage
+    from rankwise._status import News, StatusPage
 
     faults = os.environ.pop(FAULTS, None)
     for fd in (call_fd, status_fd, crash_fd):
@@ -274,6 +274,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         channel.arena = open_arena(status_fd, place.info.world_size, rank)
         os.register_at_fork(after_in_child=partial(_leave_child, sock, channel, place))
         place.rank0 = page.words(0)
+        channel.rank, channel.news = rank, News(place.info.world_size, status_fd).words
         _context.enter_process(place)
         sys.path[:] = settings["sys_path"]  # type: ignore[call-overload]
         sys.argv[:] = settings["argv"]  # type: ignore[call-overload]

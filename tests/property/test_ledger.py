@@ -326,7 +326,7 @@ class Machine(RuleBasedStateMachine):
             return
         assert all(call.done and call.ended for call in self.placed)
         assert not self.ledger.open
-        assert not any(self.ledger.queued(rank) for rank in range(self.size))
+        assert not any(self.ledger.queues)
 
     @invariant()
     def a_barrier_is_settled_when_all_before_it_have_ended(self) -> None:

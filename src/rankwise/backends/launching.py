@@ -88,7 +88,7 @@ class Held:
 class Started:
     """What a start hands over: all of it is on the ExitStack already."""
 
-    __slots__ = ("arena", "held", "infos", "sockets", "status")
+    __slots__ = ("arena", "held", "infos", "news", "sockets", "status")
 
     def __init__(
         self,
@@ -96,11 +96,13 @@ class Started:
         infos: list[RankInfo],
         sockets: list[socket.socket],
         status: _status.StatusPage,
+        news: _status.News,
         arena: Arena | None,
     ) -> None:
         self.arena = arena
         self.held = held
         self.infos = infos
+        self.news = news
         self.sockets = sockets
         self.status = status
 
@@ -138,6 +140,7 @@ def start_launcher(spec: GroupSpec, stack: ExitStack, warm: Held | None) -> Star
     try:
         status_fd = _status.make_status(size)
         status = _status.StatusPage(size, status_fd)
+        news = _status.News(size, status_fd)
         arena = open_arena(os.dup(status_fd), size) if make_room(status_fd, size) else None
         if arena is not None:
             stack.callback(arena.close)
@@ -163,7 +166,7 @@ def start_launcher(spec: GroupSpec, stack: ExitStack, warm: Held | None) -> Star
                 color=spec.logs == "prefix" and use_color(),
             )
         )
-        return Started(held, infos, sockets, status, arena)
+        return Started(held, infos, sockets, status, news, arena)
     finally:
         for other in theirs:
             other.close()
@@ -204,7 +207,11 @@ def _start_process(
             cwd=spec.inherited.directory_to_enter(),
             env=_launcher_environment(environments) if forks else None,
             pass_fds=[*own, *for_ranks],
-            start_new_session=True,
+            # Out of the terminal's foreground group, so that ^C is the driver's alone; but in the
+            # driver's session. Linux shares CPU time out between sessions first (autogroups), and
+            # then within each: ranks of another session were all put on one CPU, as they had no
+            # more together than the driver alone, and sched_yield does not reach across.
+            process_group=0,
         )
         undo.callback(process.wait)
         undo.callback(process.kill)

@@ -61,7 +61,7 @@ class LocalEngine:
         self.ranks = Ranks(spec.world_size, started.status)
         stack.callback(self.ranks.forget_status)
         self.spin = spin_for(spec.spin, spec.world_size + 1, cpu_budget())
-        self.pump = Pump(started.sockets, self.spin)
+        self.pump = Pump(started.sockets, self.spin, started.status, started.news)
         self.arena = self.pump.sockets.arena = started.arena
         stack.callback(self.pump.close)
         self.pump.announce = self._announce

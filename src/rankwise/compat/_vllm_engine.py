@@ -71,7 +71,7 @@ def submit_call(engine: LocalEngine, call: Call, awaited: bool) -> Error | None:
     try:
         refusal = pump.submit((call,), me)
         with pump.lock:
-            if pump.ledger.queued(0):
+            if pump.ledger.queues[0]:
                 call.led = False  # it is long, or there is a queue: the keeper has to push it out
             if pump.lead.leader is me:
                 if pump.lead.hand_on():

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from _socket import MSG_NOSIGNAL
 
-from rankwise._messages import MAGIC
+from rankwise._messages import ACK, MAGIC, OK
+from rankwise._status import BELL
 from rankwise.wire.frames import (
     HEADER_SIZE,
     JOIN_SIZE,
@@ -43,10 +44,10 @@ class DriverChannel:
 
     __slots__ = (
         "_chunks", "_first", "_going", "_last_sent", "_received", "_send_sequence", "eof", "fd",
-        "receive_sequence", "recv", "send", "sock", "wants_out",
+        "receive_sequence", "recv", "send", "sock", "wants_out", "words",
     )  # fmt: skip
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, words: memoryview | list[int] | None = None) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.fd = sock.fileno()
@@ -61,6 +62,7 @@ class DriverChannel:
         self._send_sequence = 0
         self._last_sent = -1
         self._going: tuple[Call | None, bytes, bytes, list[int]] | None = None
+        self.words = [0] * (BELL + 1) if words is None else words  # the rank's status page
 
     # -- sending ------------------------------------------------------------------------------
 
@@ -90,6 +92,7 @@ class DriverChannel:
         try:
             if not sent:
                 sent.extend(map(self.send, (frame,), NO_SIGNAL))
+            self.words[BELL] = self._send_sequence + 1
             if body or sent[0] != size:
                 self._send_rest(frame, body, sent)
         except BlockingIOError:
@@ -147,19 +150,29 @@ class DriverChannel:
         """Whether something was received that is no whole frame yet, or was left by one struck."""
         return bool(self._chunks)
 
+    def plain_answer(self) -> tuple[bytes, int, int, int] | None:
+        """(data, kind, call id, sequence) where what was received is one whole answer that is due
+        and says all by itself, as nearly always; None: see `frames`. Ends with `consume`, too."""
+        chunks = self._chunks
+        if len(chunks) == 1:
+            data = chunks[0]
+            if len(data) >= HEADER_SIZE:
+                magic, kind, _, sequence, call_id, length = unpack_header(data)
+                if (
+                    (kind == OK or kind == ACK)
+                    and length == len(data) - HEADER_SIZE
+                    and sequence == self.receive_sequence & SEQUENCE_MASK
+                    and magic == MAGIC
+                ):
+                    return data, kind, call_id, sequence
+        return None
+
     def frames(self) -> tuple[list[tuple[int, int, bytes, int]], bytes, int]:
         """The whole frames among what was received: [(kind, call id, body, sequence)], data, used.
 
         Takes nothing: calling it again gives the same frames until `consume(data, used)`.
         """
         chunks = self._chunks
-        if len(chunks) == 1:
-            data = chunks[0]
-            size = len(data)
-            if size >= HEADER_SIZE:
-                magic, kind, _, sequence, call_id, length = unpack_header(data)
-                if magic == MAGIC and length == size - HEADER_SIZE:  # one frame: nearly always
-                    return [(kind, call_id, data[HEADER_SIZE:], sequence)], data, size
         found: list[tuple[int, int, bytes, int]] = []
         received = self._received
         if len(chunks) > 1:
@@ -227,4 +240,5 @@ class DriverChannel:
         self._going = None
 
     def close(self) -> None:
+        self.words = [0] * (BELL + 1)  # the page is about to be unmapped
         self.sock.close()

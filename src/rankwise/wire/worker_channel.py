@@ -1,9 +1,11 @@
 """The worker's end of a call channel.
 
-    receive < header, body < bytes < polled for a while, then slept for
-    reply   > header, body > bytes > the driver, however long it does not read
+    receive < header, body < bytes < the bell, polled for a while < the kernel, slept in
+    reply   > header, body > bytes > the driver, however long it does not read > the news
 
-It belongs to one thread that nothing interrupts, and may block.
+It belongs to one thread that nothing interrupts, and may block. The bell and the news are words of
+shared memory (`_status.py`): while the bell has not been rung for another frame, the socket is not
+looked at.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from os import sched_yield
 
 from rankwise._deadline import clock
 from rankwise._messages import MAGIC
-from rankwise._status import POLLS
+from rankwise._status import BELL, POLLS
 from rankwise.wire.frames import (
     HEADER_SIZE,
     JOIN_SIZE,
@@ -29,9 +31,13 @@ from rankwise.wire.frames import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import _socket
+    from typing import Final
 
     from rankwise._spin import Spin
     from rankwise.wire.arena import Arena
+
+
+LOOKS: Final = 64  # looks at the bell before one at the socket itself
 
 
 class TooLarge(MemoryError):
@@ -47,7 +53,7 @@ class WorkerChannel:
 
     __slots__ = (
         "_data", "_poll", "_recv", "_recv_into", "_send", "_sent", "_sequence", "_sock",
-        "arena", "spin", "words",
+        "arena", "news", "rank", "spin", "words",
     )  # fmt: skip
 
     def __init__(self, sock: _socket.socket, spin: Spin) -> None:
@@ -64,6 +70,8 @@ class WorkerChannel:
         self.spin = spin
         self.arena: Arena | None = None  # tended while there is nothing to do
         self.words: memoryview | list[int] = [0] * (POLLS + 1)  # the rank's status page
+        self.rank = 0
+        self.news: memoryview | list[int] = [0]  # where each rank says how often it has answered
 
     def receive(self) -> tuple[int, int, int, bytes | bytearray | memoryview] | None:
         """(kind, flags, call id, body) of the next frame; None at end of file.
@@ -74,7 +82,10 @@ class WorkerChannel:
         data = self._data
         while len(data) < HEADER_SIZE:
             try:
-                more = self._recv(RECEIVE_SIZE)
+                if self.words[BELL] == self._sequence:
+                    more = self._wait(RECEIVE_SIZE)
+                else:
+                    more = self._recv(RECEIVE_SIZE)
             except BlockingIOError:
                 more = self._wait(RECEIVE_SIZE)
             except OSError:
@@ -129,18 +140,24 @@ class WorkerChannel:
 
     def _wait(self, size: int) -> bytes:
         """What the socket has next, when it has nothing now; nothing at its end."""
-        recv = self._recv
+        words = self.words
+        had = self._sequence
         spin = self.spin
         began = now = clock()
         until = began + spin.budget
+        looks = 0
         while True:
             if now < until:
                 sched_yield()
+                looks += 1
+                if words[BELL] == had and looks % LOOKS:
+                    now = clock()
+                    continue
             else:
                 again = None if self.arena is None else self.arena.tend(now)
                 self._sleep(None if again is None else max(0.0, again - clock()) * 1000)
             try:
-                data = recv(size)
+                data = self._recv(size)
             except BlockingIOError:
                 now = clock()
                 continue
@@ -169,24 +186,24 @@ class WorkerChannel:
     def reply(self, kind: int, call_id: int, body: bytes) -> None:
         """Answer; waits for as long as the driver does not read. Silent where it is gone."""
         size = len(body)
-        header = pack_header(MAGIC, kind, 0, self._sent & SEQUENCE_MASK, call_id, size)
+        frame = pack_header(MAGIC, kind, 0, self._sent & SEQUENCE_MASK, call_id, size)
         self._sent += 1
         if size < JOIN_SIZE:
-            self._send_all(header + body)
-        else:
-            self._send_all(header)
-            self._send_all(body)
-
-    def _send_all(self, part: bytes) -> None:
-        send = self._send
+            frame += body
+            body = b""
         try:
-            done = send(part)
+            done = self._send(frame)
         except BlockingIOError:
             done = 0
         except OSError:
             return
-        if done == len(part):
-            return
+        if body or done < len(frame):
+            self._send_rest(frame, done)
+            self._send_rest(body, 0)
+        self.news[self.rank] = self._sent
+
+    def _send_rest(self, part: bytes, done: int) -> None:
+        send = self._send
         room = select.poll()
         room.register(self._sock.fileno(), select.POLLOUT)
         with memoryview(part) as view:
