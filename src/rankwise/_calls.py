@@ -27,10 +27,8 @@ class Call:
         method: str,
         body: bytes,
         ranks: tuple[int, ...],
-        *,
         shape: int | None = None,
         bodies: dict[int, bytes] | None = None,
-        kind: int = CALL,
         deadline: float | None = None,
         reply_from: int | None = None,
         return_exceptions: bool = False,
@@ -38,6 +36,7 @@ class Call:
         grace: float = 30.0,
         timeout: float | None = None,
         slow: tuple[float, float] | tuple[()] | None = None,
+        kind: int = CALL,
     ) -> None:
         self.id = 0
         self.kind = kind

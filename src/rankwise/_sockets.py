@@ -172,7 +172,6 @@ class Sockets:
                 ended.append(rank)
             else:
                 self._heard = b""  # the rank's word came before its bytes: look again
-                continue
             answer = channel.plain_answer()
             if answer is not None:
                 plain.append((rank, channel, *answer))

@@ -18,7 +18,7 @@ import os
 import sys
 from _ctypes import call_function, dlopen, dlsym  # `ctypes` itself takes 2 ms
 from contextlib import suppress
-from fcntl import F_SETPIPE_SZ, fcntl
+from fcntl import F_SETPIPE_SZ, fcntl, ioctl
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
 from rankwise.logs.lines import Raw, Splitter, Tail
@@ -51,6 +51,7 @@ SIGKILL: Final = int(_signal.SIGKILL)
 _SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _SET_NAME: Final = 15
 _SET_CHILD_SUBREAPER: Final = 36
+_TIOCNOTTY: Final = 0x5422  # asm-generic/ioctls.h
 
 # A pipe of 1 MB lets a rank print while the launcher is busy with another. The kernel allows a user
 # 64 MB of pipes in all and then gives his other programs pipes of 8 KB: a large group takes less.
@@ -197,12 +198,24 @@ def prepare_parent() -> tuple[int, int]:
     for number in _signal.valid_signals() - {_signal.SIGPIPE, _signal.SIGXFSZ}:
         if _signal.getsignal(number) not in (_signal.SIG_DFL, None):
             _signal.signal(number, _signal.SIG_DFL)
+    _leave_terminal()
     # Every descendant whose own parent ends becomes a child of ours.
     prctl(_SET_CHILD_SUBREAPER, 1)
     name_process("rankwise")
     nofile = getrlimit(RLIMIT_NOFILE)
     limit_descriptors((nofile[1], nofile[1]))
     return nofile
+
+
+def _leave_terminal() -> None:
+    """Have no controlling terminal, and so none of our descendants. We are in a background group of
+    the driver's session: who read from its terminal there would be stopped, and hang its caller."""
+    with suppress(OSError):  # there is none
+        tty = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
+        try:
+            ioctl(tty, _TIOCNOTTY)
+        finally:
+            os.close(tty)
 
 
 def limit_descriptors(nofile: tuple[int, int]) -> None:

@@ -79,19 +79,19 @@ class View:
     def _make_call(self, name: str, body: bytes, bodies: dict[int, bytes] | None = None) -> Call:
         options = self._options
         ranks = self._ranks
-        return Call(
+        return Call(  # by position: by name it takes 0.5 us longer
             name,
             body,
             ranks,
-            shape=self._bare,
-            bodies=bodies,
-            deadline=None if options.timeout is None else self._engine.deadline(options.timeout),
-            reply_from=options.reply_from,
-            return_exceptions=options.return_exceptions,
-            on_error=options.on_error or ("fail" if len(ranks) > 1 else "continue"),
-            grace=options.grace,
-            timeout=options.timeout,
-            slow=None if options.slow_after is None else options.slow(),
+            self._bare,
+            bodies,
+            None if options.timeout is None else self._engine.deadline(options.timeout),
+            options.reply_from,
+            options.return_exceptions,
+            options.on_error or ("fail" if len(ranks) > 1 else "continue"),
+            options.grace,
+            options.timeout,
+            None if options.slow_after is None else options.slow(),
         )
 
     def _run(self, engine: Engine, call: Call) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import pty
 import re
@@ -182,6 +184,27 @@ class Terminal:
         while readable(self.fd, 0) and self.read():
             pass
         return self.process.returncode
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_ranks_are_in_the_drivers_session_and_have_no_terminal(start_method):
+    code = f"""
+    class Worker:
+        def session(self): return os.getsid(0), os.getpgrp() == os.getpid()
+        def open_terminal(self):
+            try: os.close(os.open("/dev/tty", os.O_RDWR))
+            except OSError as error: return error.errno
+    group = WorkerGroup(Worker, 2, start_method={start_method!r})
+    os.close(os.open("/dev/tty", os.O_RDWR))  # the driver has one
+    say(session=os.getsid(0), ranks=group.call("session"), tty=group.call("open_terminal"))
+    group.close()
+    """
+    with Terminal(code) as terminal:
+        terminal.see("}")
+        assert terminal.end(SECONDS) == 0
+        said = json.loads(terminal.text[terminal.text.index("{") :].partition("}")[0] + "}")
+    assert said["ranks"] == [[said["session"], True]] * 2
+    assert said["tty"] == [errno.ENXIO] * 2
 
 
 def pids_in(text: str) -> list[int]:

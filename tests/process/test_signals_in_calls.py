@@ -159,11 +159,15 @@ def raising_handler():
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("method", ["receive", "frames", "consume", "send_call"])
+@pytest.mark.parametrize(
+    "method", ["receive", "plain_answer", "frames", "consume", "send_call"]
+)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_answer_that_was_taken_off_the_socket_when_the_leader_was_struck_arrives(
     raising_handler, monkeypatch, method, after, ranks
 ):
+    if method == "frames":  # which is for what is not plain
+        monkeypatch.setattr(DriverChannel, "plain_answer", lambda channel: None)
     with WorkerGroup(Worker, ranks) as group:
         future = group.submit("echo", 7)
         strike_once(DriverChannel, method, monkeypatch, after)
