@@ -103,10 +103,10 @@ class Lead:
 
     def leave(self, me: Waiter, call: Call) -> bool:
         """`me` waits for `call` no longer. Whether nobody leads now who did before."""
-        if self.leader is me and not (me.gone or me.outer or self.sleepers or self.ports):
-            if not (me.gate or self.armed or self._unled()):
-                self.leader = None  # nearly always: as below, where there is nobody to hand on to
-                return True
+        others = me.gone or me.outer or me.gate or self.sleepers or self.ports or self.armed
+        if self.leader is me and not others and not self._unled():
+            self.leader = None  # nearly always: as below, where there is nobody to hand on to
+            return True
         if me.gate is not None:
             self.sleepers.pop(me, None)
             if call.watchers and not call.done:

@@ -74,7 +74,9 @@ class Ledger:
         self.dead: dict[int, Exited | None] = {}
         self.hung: set[int] = set()
         self.late = 0  # answers to calls that were settled without them
-        self.queues: list[deque[Call]] = [deque() for _ in range(world_size)]  # not sent yet, a rank
+        self.queues: list[deque[Call]] = [
+            deque() for _ in range(world_size)
+        ]  # not sent yet, a rank
         self._placing: tuple[Call, ...] = ()
         self._last_id = 0
         self._timers: list[tuple[float, int, int]] = []  # when, what, call id or rank

@@ -43,7 +43,7 @@ def resolve_method(method: object) -> tuple[str, str | Callable[..., object]]:
     if holder and not holder.endswith("<locals>") and name.isidentifier():
         if name.startswith("__") and not name.endswith("__"):
             name = f"_{holder.rpartition('.')[2].lstrip('_')}{name}"  # as the compiler mangled it
-        if type(method) is FunctionType and len(_KNOWN) < _MOST:
+        if isinstance(method, FunctionType) and len(_KNOWN) < _MOST:
             _KNOWN[path] = name
         return name, name
     return method_name(method), method

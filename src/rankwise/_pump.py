@@ -64,9 +64,7 @@ class Pump:
     ) -> None:
         self.lock = threading.RLock()
         self.ledger = Ledger(len(sockets))
-        self.sockets = Sockets(
-            sockets, self.ledger, self.lock, self._note_news, status, news
-        )
+        self.sockets = Sockets(sockets, self.ledger, self.lock, self._note_news, status, news)
         self.spin = spin
         self.inert: str | None = None  # why nothing may be done here (a forked child's copy)
         self.announce: Callable[[Call], None] = lambda call: None  # futures with callbacks

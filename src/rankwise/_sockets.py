@@ -28,7 +28,7 @@ from rankwise._messages import (
     OK_LENT,
     WANT_VALUE,
 )
-from rankwise._status import News
+from rankwise._status import LINE, News
 from rankwise.wire.channel import DriverChannel
 from rankwise.wire.frames import HEADER_SIZE, SEQUENCE_MASK, BadFrame
 from rankwise.wire.lending import Lent
@@ -149,7 +149,7 @@ class Sockets:
         return [
             rank
             for rank, channel in enumerate(self.channels)
-            if words[rank] != channel.receive_sequence and not channel.eof
+            if words[rank * LINE] != channel.receive_sequence and not channel.eof
         ]
 
     def pull(self, ranks: list[int]) -> bool:
@@ -157,13 +157,14 @@ class Sockets:
 
         All of them first give what they have, and then it is fed, with the lock taken once.
         """
+        channels = self.channels
         plain = []
         came = []
         bad: list[tuple[int, str]] = []
         ended: list[int] = []
         more = False
         for rank in ranks:
-            channel = self.channels[rank]
+            channel = channels[rank]
             if channel.eof:
                 continue
             if channel.receive():
@@ -186,19 +187,20 @@ class Sockets:
         if plain or came:
             now = clock()
             ledger = self._ledger
+            reply = ledger.reply
+            queues = ledger.queues
             with self._lock:
                 ledger.mend()
                 for rank, channel, data, kind, call_id, sequence in plain:
-                    queue = ledger.queues[rank]
-                    if queue:
+                    if queues[rank]:
                         self.flush(rank)  # as in `_feed`
                     if sequence != channel.receive_sequence & SEQUENCE_MASK:
                         continue  # a handler's own wait has fed it meanwhile
-                    if ledger.reply(rank, call_id, kind, data[HEADER_SIZE:], now):
+                    if reply(rank, call_id, kind, data[HEADER_SIZE:], now):
                         self._on_news()
                     channel.receive_sequence += 1
                     channel.consume(data, len(data))
-                    if queue:
+                    if queues[rank]:
                         self.flush(rank)
                 for rank, channel, frames, data, used in came:
                     self._feed(rank, channel, frames, data, used, now)

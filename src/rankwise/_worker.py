@@ -39,7 +39,7 @@ from rankwise._outcome import Failed, capture, encode_failure, format_traceback
 from rankwise._planned import FAULTS
 from rankwise._rankinfo import RankInfo
 from rankwise._spin import Spin
-from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SINCE
+from rankwise._status import CONSTRUCT, DONE, IMPORT, LINE, PHASE, READY, RUNNING, SINCE
 from rankwise._status import EXIT as EXITING
 from rankwise.wire import codec
 from rankwise.wire.arena import open_arena
@@ -274,7 +274,7 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         channel.arena = open_arena(status_fd, place.info.world_size, rank)
         os.register_at_fork(after_in_child=partial(_leave_child, sock, channel, place))
         place.rank0 = page.words(0)
-        channel.rank, channel.news = rank, News(place.info.world_size, status_fd).words
+        channel.place, channel.news = rank * LINE, News(place.info.world_size, status_fd).words
         _context.enter_process(place)
         sys.path[:] = settings["sys_path"]  # type: ignore[call-overload]
         sys.argv[:] = settings["argv"]  # type: ignore[call-overload]

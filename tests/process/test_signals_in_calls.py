@@ -159,9 +159,7 @@ def raising_handler():
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(
-    "method", ["receive", "plain_answer", "frames", "consume", "send_call"]
-)
+@pytest.mark.parametrize("method", ["receive", "plain_answer", "frames", "consume", "send_call"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_answer_that_was_taken_off_the_socket_when_the_leader_was_struck_arrives(
     raising_handler, monkeypatch, method, after, ranks

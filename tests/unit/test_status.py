@@ -7,16 +7,22 @@ import os
 import pytest
 
 from rankwise._status import (
+    BELL,
     CANCELLED,
     DONE,
+    LINE,
     NEXT_CANCEL,
     PAGE,
     PHASE,
     PHASES,
+    POLLS,
+    PORT,
     READY,
     RING,
     RUNNING,
+    SINCE,
     WORDS,
+    News,
     StatusPage,
     is_cancelled,
     make_status,
@@ -60,6 +66,29 @@ def test_two_mappings_of_one_descriptor_see_the_same():
     assert driver.get(0, DONE) == 0
     driver.close()
     worker.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 64, 65])
+def test_news_follow_the_pages_of_the_ranks_with_a_line_for_each(ranks):
+    fd = make_status(ranks)
+    try:
+        pages, driver, worker = StatusPage(ranks, fd), News(ranks, fd), News(ranks, fd)
+        before = driver.look()
+        worker.words[(ranks - 1) * LINE] = 7
+        assert driver.look() != before
+        assert driver.words[(ranks - 1) * LINE] == 7
+        assert all(word == 0 for rank in range(ranks) for word in pages.words(rank))
+        assert len(before) == ranks * LINE * 8
+    finally:
+        os.close(fd)
+    pages.close()
+    driver.close()
+    worker.close()
+
+
+def test_what_one_side_polls_and_the_other_writes_shares_no_line_with_anything_else():
+    others = {PHASE, RUNNING, SINCE, DONE, PORT, NEXT_CANCEL, POLLS, CANCELLED}
+    assert BELL // LINE not in {word // LINE for word in others}
 
 
 def test_a_cancelled_call_is_found_by_its_rank_alone(pages):

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from rankwise._calls import Call
 
 NO_SIGNAL: Final = (MSG_NOSIGNAL,)
+SIZES: Final = (RECEIVE_SIZE,)
+PLAIN: Final = frozenset((OK, ACK))  # answers that say all by themselves
 
 
 class DriverChannel:
@@ -75,7 +77,12 @@ class DriverChannel:
         if call.id <= self._last_sent:
             return True  # interrupted after the last byte, before the caller could note it
         going = self._going
-        if going is None or going[0] is not call:
+        if going is None and not head and len(body) < JOIN_SIZE:  # as below, for nearly every call
+            frame = pack_header(
+                MAGIC, call.kind, flags, self._send_sequence & SEQUENCE_MASK, call.id, len(body)
+            )
+            self._going = going = (call, frame + body, b"", [])
+        elif going is None or going[0] is not call:
             frame = pack_header(
                 MAGIC, call.kind, flags, self._send_sequence & SEQUENCE_MASK, call.id,
                 len(head) + len(body),
@@ -88,12 +95,11 @@ class DriverChannel:
             going = (call, frame, body, [])
             self._going = going
         _, frame, body, sent = going
-        size = len(frame)
         try:
             if not sent:
                 sent.extend(map(self.send, (frame,), NO_SIGNAL))
             self.words[BELL] = self._send_sequence + 1
-            if body or sent[0] != size:
+            if body or sent[0] != len(frame):
                 self._send_rest(frame, body, sent)
         except BlockingIOError:
             return False
@@ -134,7 +140,7 @@ class DriverChannel:
         chunks = self._chunks
         self._received += 1  # before the bytes come: whoever joins chunks now must look again
         try:
-            chunks.extend(map(self.recv, (RECEIVE_SIZE,)))
+            chunks.extend(map(self.recv, SIZES))
         except BlockingIOError:
             return False
         except ConnectionError:  # not OSError: an alarm's handler may raise TimeoutError
@@ -159,9 +165,9 @@ class DriverChannel:
             if len(data) >= HEADER_SIZE:
                 magic, kind, _, sequence, call_id, length = unpack_header(data)
                 if (
-                    (kind == OK or kind == ACK)
-                    and length == len(data) - HEADER_SIZE
+                    length == len(data) - HEADER_SIZE
                     and sequence == self.receive_sequence & SEQUENCE_MASK
+                    and kind in PLAIN
                     and magic == MAGIC
                 ):
                     return data, kind, call_id, sequence

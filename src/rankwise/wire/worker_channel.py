@@ -53,7 +53,7 @@ class WorkerChannel:
 
     __slots__ = (
         "_data", "_poll", "_recv", "_recv_into", "_send", "_sent", "_sequence", "_sock",
-        "arena", "news", "rank", "spin", "words",
+        "arena", "news", "place", "spin", "words",
     )  # fmt: skip
 
     def __init__(self, sock: _socket.socket, spin: Spin) -> None:
@@ -69,9 +69,9 @@ class WorkerChannel:
         self._poll.register(sock.fileno(), select.POLLIN)
         self.spin = spin
         self.arena: Arena | None = None  # tended while there is nothing to do
-        self.words: memoryview | list[int] = [0] * (POLLS + 1)  # the rank's status page
-        self.rank = 0
+        self.words: memoryview | list[int] = [0] * (BELL + 1)  # the rank's status page
         self.news: memoryview | list[int] = [0]  # where each rank says how often it has answered
+        self.place = 0  # the word of this one
 
     def receive(self) -> tuple[int, int, int, bytes | bytearray | memoryview] | None:
         """(kind, flags, call id, body) of the next frame; None at end of file.
@@ -200,7 +200,7 @@ class WorkerChannel:
         if body or done < len(frame):
             self._send_rest(frame, done)
             self._send_rest(body, 0)
-        self.news[self.rank] = self._sent
+        self.news[self.place] = self._sent
 
     def _send_rest(self, part: bytes, done: int) -> None:
         send = self._send
