@@ -124,3 +124,32 @@ for version in (1, 2):
 print("top level\\nend")
 """
     check(subprocess.run([sys.executable, "-c", body], **options(tmp_path)))
+
+
+PLACES = """
+import sys, time
+from rankwise import WorkerGroup
+class Worker:
+    def fails(self):
+        raise ValueError("no")
+    def sleeps(self):
+        time.sleep(20)
+with WorkerGroup(Worker, 1) as group:
+    try:
+        group[0].call("fails")
+    except ValueError as error:
+        print(error.__cause__.remote_traceback)
+    future = group[0].submit("sleeps")
+    while not (place := group.stacks()[0].place):
+        pass
+    print(place)
+    group.kill()
+"""
+
+
+def test_a_scripts_own_class_has_its_places_in_tracebacks_and_stacks(tmp_path):
+    (tmp_path / "script.py").write_text(PLACES)
+    done = subprocess.run([sys.executable, "script.py"], **options(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert 'script.py", line 6, in fails\n    raise ValueError("no")\n' in done.stdout
+    assert done.stdout.endswith("script.py:8 sleeps\n")

@@ -10,6 +10,8 @@ which both sides know it again. To that we add:
   worker's class attributes by what they were when it was defined.
 - What annotations name (ParamSpec, TypeVarTuple, NewType) travels too, and so does what
   `functools.lru_cache` and `functools.cached_property` make of a function.
+- Code keeps the name of its file. cloudpickle makes it `<dynamic-code>`, so that equal code gives
+  equal bytes; the tracebacks and stacks of a script's own class would then name no place.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from rankwise.wire.codec import module_by_value, reduce_specially, travels_by_va
 _complete: weakref.WeakSet[type] = weakref.WeakSet()
 
 _DEFINITIONS = (type, types.FunctionType, types.ModuleType)
+_NO_FILE = "<dynamic-code>"
 _TYPING_NAMES = {typing.TypeVar, typing.ParamSpec, typing.TypeVarTuple, typing.NewType}
 
 
@@ -43,6 +46,12 @@ def _reduce_text_file(file: io.TextIOWrapper) -> Any:
     if file is sys.stdout or file is sys.stderr:
         return cp._file_reduce(file)
     raise TypeError(f"cannot pickle the open file {file!r}")
+
+
+def _reduce_code(code: types.CodeType) -> Any:
+    make, args, *rest = cp._code_reduce(code)
+    named = (code.co_filename if type(each) is str and each == _NO_FILE else each for each in args)
+    return make, tuple(named), *rest
 
 
 def _reduce_cached_property(cached: functools.cached_property[Any]) -> Any:
@@ -64,6 +73,7 @@ def _make_cached_function(function: Callable[..., Any], parameters: dict[str, An
 _DISPATCH_TABLE = {
     **cp.Pickler._dispatch_table,
     io.TextIOWrapper: _reduce_text_file,
+    types.CodeType: _reduce_code,
     functools.cached_property: _reduce_cached_property,
     functools._lru_cache_wrapper: _reduce_cached_function,
 }
