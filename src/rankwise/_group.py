@@ -205,14 +205,17 @@ class WorkerGroup(ManyView):
         """What each rank is doing now, in rank order. Never blocks, never calls a worker."""
         return health_of(self._own_engine())
 
-    def stacks(self) -> Stacks:
+    def stacks(self, *, native: bool = False) -> Stacks:
         """The Python stacks of all ranks now, in rank order; `str()` says where they differ.
 
         Also while they are in calls, in C code, or hold the interpreter's lock there. A rank that
         is stopped, or does not let itself be asked, has `stack` None after 100 ms, and a `reason`.
+        Where py-spy is installed, it is asked about such a rank.
+
+        native: ask py-spy about every rank, for the C frames too; it stops each for some 50 ms.
         Nothing is sent to a worker but for this: C code in `sleep` or `poll` may return early.
         """
-        return stacks_of(self._own_engine())
+        return stacks_of(self._own_engine(), native)
 
     @property
     def healthy(self) -> bool:

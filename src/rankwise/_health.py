@@ -1,7 +1,8 @@
 """What each rank is doing.
 
 group.health()   read from shared memory and /proc; never blocks
-group.stacks()   asked of the launcher, which asks the ranks' own handlers; py-spy as a last resort
+group.stacks()   asked of the launcher, which asks the ranks' own handlers; py-spy on request, or as
+                 a last resort
 """
 
 from __future__ import annotations
@@ -55,20 +56,23 @@ def health_of(engine: Engine) -> list[RankHealth]:
     return found
 
 
-def stacks_of(engine: Engine) -> Stacks:
-    """The stacks of every rank of `engine`, in rank order."""
+def stacks_of(engine: Engine, native: bool) -> Stacks:
+    """The stacks of every rank of `engine`, in rank order; `native`: with what py-spy says of all.
+
+    py-spy is not asked unasked: it stops a rank for some 50 ms, which is then late with its own.
+    """
     reports = engine.inquire(tuple(range(engine.world_size)), STACKS_PATIENCE)
     # What is stopped is left as it is, and what has ended cannot be looked at.
-    silent = [
+    asked = [
         report.pid
         for report in reports.values()
-        if report.stack is None and report.process and report.process not in "TtZX"
+        if (native or report.stack is None) and report.process and report.process not in "TtZX"
     ]
-    native = {}
-    if silent:
+    told = {}
+    if asked:
         from rankwise._pyspy import native_stacks  # subprocess: 5 ms, and rarely needed
 
-        native = native_stacks(silent)
+        told = native_stacks(asked)
     return Stacks(
         RankStack(
             report.rank,
@@ -78,7 +82,7 @@ def stacks_of(engine: Engine) -> Stacks:
             report.seconds,
             report.stack,
             report.reason,
-            native.get(report.pid),
+            told.get(report.pid),
             report.last_line,
         )
         for report in reports.values()

@@ -1,4 +1,4 @@
-"""py-spy's view of processes that did not write their stacks, where py-spy is installed.
+"""py-spy's view of processes that did not write their stacks, or on request; where it is installed.
 
 It reads a process from the outside: also one that blocks signals, and with the frames of C code.
 The kernel may refuse it (ptrace); what it says then is as good an answer.

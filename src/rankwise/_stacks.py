@@ -55,8 +55,8 @@ class RankStack(NamedTuple):
     stack: its Python stacks as faulthandler writes them: of all threads, the main one ("Current
         thread") last; of the main one alone where it is in C code. None where there is none to be
         had: `reason` says why.
-    native: what py-spy says, C frames included where it can, if there is no `stack` and py-spy is
-        installed.
+    native: what py-spy says, C frames included where it can, if there is no `stack` or it was asked
+        for, and py-spy is installed.
     last_line: the last that it wrote to its descriptors 1 and 2; "" if nothing.
     """
 

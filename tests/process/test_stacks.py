@@ -136,6 +136,21 @@ def test_a_rank_that_holds_the_gil_in_c_code_tells_its_stack_within_100_ms(start
         assert future.result() == 3 * 10**7 * (6 * 10**7 - 1)
 
 
+@pytest.mark.skipif(_pyspy.find() is None, reason="py-spy is not installed")
+def test_c_frames_are_told_on_request_where_py_spy_is_installed():
+    with WorkerGroup(Worker, 2, logs="off") as group:
+        future = group[1].submit(Worker.count_in_c, 6 * 10**7)
+        until(lambda: group.health()[1].method == "count_in_c", what="it counts")
+        assert [each.native for each in group.stacks()] == [None, None]
+        stacks = group.stacks(native=True)
+        assert not future.done(), "it was in C code all the while"
+        # py-spy itself says why where the kernel does not let it look.
+        assert "count_in_c" in stacks[1].native or stacks[1].native.startswith("Error")
+        assert "in count_in_c" in stacks[1].stack
+        assert f"py-spy says:\n    {stacks[1].native.splitlines()[0]}" in str(stacks)
+        assert future.result() == 3 * 10**7 * (6 * 10**7 - 1)
+
+
 def test_a_stopped_rank_is_left_as_it_is_and_says_so():
     with WorkerGroup(Worker, 2, logs="off") as group:
         pid = group.pids[1]
