@@ -172,17 +172,23 @@ def explain(
 
 def broken(cause: Error, engine: Engine) -> GroupBroken:
     """What a call meets in a group that broke for `cause`: a new GroupBroken, with its `first`."""
+    stacks: dict[int, str | None] = {}
+    end = ". "
     match cause:
         case Lost():
             first: BaseException = died(cause, engine)
             text = str(first)
-        case Stuck(call=call, failed=rank, body=body, missing=missing):
+        case Stuck(call=call, failed=rank, body=body, missing=missing, reports=reports):
             first = failure(body, rank, engine.ranks.pid(rank), call.method)
             text = (
                 f"{engine.name}: rank {rank} (pid {engine.ranks.pid(rank)}) failed in "
                 f"{call.method}() ({type(first).__name__}: {first}), and {ranks_text(missing)} had "
                 f"not returned from it {call.grace:g} s later (option grace)"
             )
+            if reports is not None:
+                text += "".join(f"\n  {reports[rank].line(call)}" for rank in missing)
+                stacks = {rank: reports[rank].stack for rank in missing}
+                end = "\n"
         case Garbled(rank=at, reason=reason):
             where = "" if at < 0 else f"rank {at} (pid {engine.ranks.pid(at)}): "
             text = f"{engine.name}: {where}{reason}"
@@ -190,7 +196,7 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
         case _:
             raise AssertionError(f"no words for {cause!r}")
     outlook = engine.outlook or "is broken and takes no more calls: make a new group"
-    return GroupBroken(f"{text}. {engine.name} {outlook}", first=first)
+    return GroupBroken(f"{text}{end}{engine.name} {outlook}", first=first, stacks=stacks)
 
 
 def died(lost: Lost, engine: Engine) -> WorkerDied:
@@ -253,25 +259,42 @@ def timeout_error(
         method=call.method,
         answered=answered,
         missing=owing,
-        states={rank: found[rank].state_in(call) for rank in owing},
-        seconds={rank: found[rank].seconds_in(call) for rank in owing},
-        cpu={rank: found[rank].cpu for rank in owing},
-        stacks={rank: found[rank].stack for rank in owing},
-        reasons={rank: reason for rank in owing if (reason := found[rank].reason) is not None},
-        last_lines={rank: found[rank].last_line for rank in owing},
+        **_fields(dict.fromkeys(owing, call), found),
     )
 
 
-def flush_timeout(engine: Engine, timeout: float) -> CallTimeout:
-    """What `flush(timeout)` raises."""
-    owed = engine.owed()
-    lines = [f"\n  rank {rank}: owes {c.method}() (call {c.id})" for rank, c in owed.items()]
+def flush_timeout(
+    engine: Engine,
+    timeout: float,
+    owed: Mapping[int, Call],
+    reports: Mapping[int, RankReport] | None,
+) -> CallTimeout:
+    """What `flush(timeout)` raises. owed: by rank, the call that is waited for. reports: as in
+    `timeout_error`."""
+    reports = look(engine, owed) if reports is None else reports
+    waited = f"waited its {timeout:g} s" if timeout > 0 else "waited no longer"
+    lines = "".join(f"\n  {reports[rank].line(call)}" for rank, call in owed.items())
+    waiting = f"; waiting for {ranks_text(owed)}{lines}" if owed else ""
     return CallTimeout(
-        f"flush({timeout:g}) of {engine.name} has waited its {timeout:g} s, and the calls go on; "
-        f"waiting for {len(owed)} of {engine.world_size} ranks{''.join(lines)}",
+        f"flush({timeout:g}) of {engine.name} has {waited}, and the calls go on{waiting}",
         method="flush",
+        answered=tuple(rank for rank in range(engine.world_size) if rank not in owed),
         missing=tuple(owed),
+        **_fields(owed, reports),
     )
+
+
+def _fields(owed: Mapping[int, Call], reports: Mapping[int, RankReport]) -> dict[str, Any]:
+    """What a CallTimeout keeps of each rank that owes a call."""
+    found = {rank: (reports[rank], call) for rank, call in owed.items()}
+    return {
+        "states": {rank: report.state_in(call) for rank, (report, call) in found.items()},
+        "seconds": {rank: report.seconds_in(call) for rank, (report, call) in found.items()},
+        "cpu": {rank: report.cpu for rank, (report, _) in found.items()},
+        "stacks": {rank: report.stack for rank, (report, _) in found.items()},
+        "reasons": {rank: r.reason for rank, (r, _) in found.items() if r.reason is not None},
+        "last_lines": {rank: report.last_line for rank, (report, _) in found.items()},
+    }
 
 
 def slow_text(call: Call, engine: Engine, limit: float, reports: Mapping[int, RankReport]) -> str:

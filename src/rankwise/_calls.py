@@ -19,7 +19,7 @@ class Call:
         "answers", "begun", "bodies", "body", "break_at", "deadline", "done", "dropped", "ended",
         "error", "future", "grace", "id", "kind", "late_failure",
         "led", "method", "on_error", "ranks",
-        "reply_from", "return_exceptions", "shape", "slow", "timeout", "watchers",
+        "reply_from", "return_exceptions", "shape", "slow", "stuck", "timeout", "watchers",
     )  # fmt: skip
 
     def __init__(
@@ -58,6 +58,7 @@ class Call:
         self.error: Error | None = None  # settled by this, not by the answers
         self.break_at: float | None = None  # first failure + grace
         self.late_failure: tuple[int, bytes] | None = None  # the first after it was settled
+        self.stuck: Stuck | None = None  # `break_at` has come: what is about to break the group
         self.begun = False  # a byte of it may have been sent to a rank
         self.dropped = False  # cancelled or expired before that: no rank will see it
         self.done = False  # settled: the future has its outcome
@@ -114,15 +115,19 @@ class Lost(Error):
 
 
 class Stuck(Error):
-    """`failed` of `call` failed, with `body`; `missing` had not finished in its grace period."""
+    """`failed` of `call` failed, with `body`; `missing` had not finished in its grace period.
 
-    __slots__ = ("body", "call", "failed", "missing")
+    reports: what each of `missing` was doing then, by rank; None where that is not known.
+    """
+
+    __slots__ = ("body", "call", "failed", "missing", "reports")
 
     def __init__(self, call: Call, failed: int, body: bytes, missing: tuple[int, ...]) -> None:
         self.call = call
         self.failed = failed
         self.body = body
         self.missing = missing
+        self.reports: dict[int, RankReport] | None = None
 
 
 class Garbled(Error):

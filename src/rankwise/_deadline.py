@@ -11,6 +11,11 @@ import time
 # travel with a call and two ranks' failures can be put in order.
 clock = time.monotonic
 
+# What may be waited after a timeout to find out what the ranks are doing: they have 0.1 s to say
+# it; the rest is the way there and back. A call whose deadline has passed is settled by then, and a
+# group whose grace is over broken, whatever could be found out.
+EXPLAIN_PAUSE = 0.15
+
 
 def deadline(timeout: float | None) -> float | None:
     """The moment `timeout` seconds from now, or None for no limit. A negative timeout is now."""

@@ -92,8 +92,11 @@ if TYPE_CHECKING:
             """For each rank that owes an answer, the oldest call that it owes."""
             ...
 
-        def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
-            """What each of `ranks` is doing, with its stacks; `patience`: seconds at most."""
+        def inquire(
+            self, ranks: tuple[int, ...], patience: float, *, lately: bool = False
+        ) -> dict[int, RankReport]:
+            """What each of `ranks` is doing, with its stacks. patience: seconds at most. lately: a
+            stack that was told a moment ago, in the same call, will do."""
             ...
 
         def abandon(self) -> bool:

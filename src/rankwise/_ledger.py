@@ -22,6 +22,7 @@ from collections import deque
 from heapq import heapify, heappop, heappush
 
 from rankwise._calls import Broken, Call, Cancelled, Closed, Error, Expired, Garbled, Lost, Stuck
+from rankwise._deadline import EXPLAIN_PAUSE
 from rankwise._messages import ACK, FAILED
 
 TYPE_CHECKING = False
@@ -43,10 +44,6 @@ FAILURE_PAUSE = 0.050
 # End of file on a channel without the launcher's word on the process: it closed its descriptors.
 HANGUP_PAUSE = 1.0
 
-# A call whose deadline has passed is settled by then, whether or not it could be found out what its
-# ranks are doing: 0.1 s that they have to say it, and the way there and back.
-EXPLAIN_PAUSE = 0.15
-
 DEADLINE, SETTLE, BREAK, HANGUP, SLOW = range(5)
 
 
@@ -66,7 +63,7 @@ class Ledger:
         self.settled: deque[Call] = deque()  # to be told to their watchers
         self.reports: deque[tuple[Call, int, bytes]] = deque()  # failures that no caller will see
         self.explains = False  # the owner settles overdue calls, once it can explain them
-        self.overdue: deque[Call] = deque()  # their deadline has passed, and is their outcome
+        self.overdue: deque[Call] = deque()  # their deadline has passed, or their grace; to explain
         self.slow: deque[Call] = deque()  # to be logged: they take longer than they should
         self.broken: Error | None = None
         self.closing = False
@@ -362,9 +359,7 @@ class Ledger:
 
     def _due(self, call: Call, what: int, now: float) -> None:
         if what == BREAK:
-            failed = call.failure() or call.late_failure
-            if failed is not None:
-                self.break_group(Stuck(call, *failed, tuple(call.missing())))
+            self._grace_is_over(call, now)
         elif call.done:
             if call.dropped or not call.missing():
                 self._end(call)
@@ -382,9 +377,27 @@ class Ledger:
             else:
                 self._settle(call)
 
+    def _grace_is_over(self, call: Call, now: float) -> None:
+        """Break the group: at once, or when it is known where the ranks are that stay in `call`."""
+        failed = call.failure() or call.late_failure
+        missing = tuple(call.missing())
+        if failed is None or not missing:
+            return
+        if call.stuck is not None:
+            self.break_group(call.stuck)
+        elif not self.explains:
+            self.break_group(Stuck(call, *failed, missing))
+        else:
+            self._timer(now + EXPLAIN_PAUSE, BREAK, call.id)
+            self.overdue.append(call)
+            call.stuck = Stuck(call, *failed, missing)
+
     def explained(self, call: Call) -> None:
-        """What is to be known of the overdue `call` is known: settle it."""
-        self._due(call, SETTLE, 0.0)
+        """What is to be known of the overdue `call` is known: settle it, or break the group."""
+        if isinstance(call.error, Expired):
+            self._due(call, SETTLE, 0.0)
+        if call.stuck is not None and not call.ended:
+            self._grace_is_over(call, 0.0)
 
     def _settle(self, call: Call) -> None:
         self._finish(call)

@@ -67,7 +67,7 @@ class Ranks:
             return "dead", 0.0
         running = self.word(rank, RUNNING)
         since = (time.monotonic_ns() - self.word(rank, SINCE)) / 1e9 if running else 0.0
-        process = _procfs.stat(self.pids[rank]) if rank in self.pids else None
+        process = self.process(rank)
         if process is not None and process.state in "Tt":
             return "stopped", since
         if process is not None and process.state in "ZX":
@@ -79,9 +79,19 @@ class Ranks:
             return "queued", 0.0
         return ("running" if running else "idle"), since
 
+    def process(self, rank: int) -> _procfs.ProcStat | None:
+        """What the kernel says of it; None where it has no process, or no look can be had.
+
+        This process may be out of descriptors, and a deadline is to be kept and told all the same.
+        """
+        try:
+            return _procfs.stat(self.pids[rank]) if rank in self.pids else None
+        except OSError:
+            return None
+
     def memory(self, rank: int) -> int | None:
-        """Resident memory in bytes; None where the rank has no process now."""
-        process = _procfs.stat(self.pids[rank]) if rank in self.pids else None
+        """Resident memory in bytes; None where the rank has no process now, or it is not known."""
+        process = self.process(rank)
         return None if process is None or self.exited(rank) else process.rss
 
     def forget_status(self) -> None:

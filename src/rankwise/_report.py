@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 
-from rankwise import _procfs
+from rankwise._calls import Expired, Stuck
 from rankwise._deadline import clock
 from rankwise._messages import Told
 from rankwise._stacks import place
@@ -133,7 +133,7 @@ def look(
     for rank in ranks:
         pid = known.pid(rank)
         state, seconds = known.state(rank)
-        process = _procfs.stat(pid) if rank in known.pids and state != "dead" else None
+        process = known.process(rank) if state != "dead" else None
         running = known.running(rank) if state in ("running", "stopped") else 0
         call = owed.get(rank)
         if state == "running" and (call is None or call.id != running):
@@ -153,6 +153,20 @@ def look(
             last_line="" if ended is None else last_line(ended.log_tail),
         )
     return reports
+
+
+def overdue_ranks(call: Call) -> tuple[int, ...]:
+    """The ranks that had not answered `call` at its deadline, or when its grace was over."""
+    if call.stuck is not None:
+        return call.stuck.missing
+    return call.error.missing if isinstance(call.error, Expired) else ()
+
+
+def give_reports(call: Call, reports: dict[int, RankReport] | None) -> None:
+    """Keep with `call` what its `overdue_ranks` were doing, for the error that tells it."""
+    for why in (call.error, call.stuck):
+        if isinstance(why, (Expired, Stuck)) and why.reports is None:
+            why.reports = reports
 
 
 def thread_stacks(threads: Mapping[int, int | None]) -> dict[int, Told]:

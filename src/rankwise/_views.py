@@ -14,7 +14,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 from rankwise._answers import explain, flush_timeout, take
 from rankwise._calls import Call
 from rankwise._checks import one_a_rank, wrong_type
-from rankwise._deadline import check_timeout
+from rankwise._deadline import EXPLAIN_PAUSE, check_timeout
 from rankwise._future import GroupFuture
 from rankwise._methods import resolve_method
 from rankwise._options import KEEP, Options, check_reply_from, pick
@@ -170,14 +170,21 @@ class View:
     def flush(self, timeout: float | None = None) -> None:
         """Wait until every call of the group that was submitted before has ended.
 
-        Raises nothing of theirs; CallTimeout where `timeout` seconds were not enough.
+        Raises nothing of theirs; CallTimeout where `timeout` seconds were not enough: with what
+        each rank is doing that owes an answer, and its stack (no stacks where `timeout` is 0: that
+        is a look, which interrupts nobody).
         """
         engine = self._seat.engine
         until = engine.deadline(check_timeout(timeout))
         call = Call("flush", b"", ())
         engine.barrier(call)
-        if not engine.wait(call, until):
-            raise flush_timeout(engine, timeout or 0.0)
+        if engine.wait(call, until):
+            return
+        seconds = max(0.0, timeout or 0.0)
+        owed = {rank: other for rank, other in engine.owed().items() if other.id <= call.id}
+        reports = engine.inquire(tuple(owed), EXPLAIN_PAUSE, lately=True) if seconds else None
+        if not call.done:
+            raise flush_timeout(engine, seconds, owed, reports)
 
     def collective_rpc(
         self,

@@ -137,12 +137,22 @@ class GroupBroken(WorkerGroupError, BrokenExecutor):
     """The group has failed and takes no more calls.
 
     first: what broke it: a WorkerDied, or the exception of the rank that failed first.
-    It is also the `__cause__`.
+        It is also the `__cause__`.
+    stacks: where the ranks were that had not returned from the call in which `first` was raised
+        when its `grace` was over: their Python stacks by rank, None where there are none. Empty
+        where something else broke it.
     """
 
-    def __init__(self, message: str, *, first: BaseException | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        first: BaseException | None = None,
+        stacks: Mapping[int, str | None] | None = None,
+    ) -> None:
         super().__init__(message)
         self.first: BaseException | None = first
+        self.stacks = dict(stacks or {})
         self.__cause__ = first
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import re
 
 import pytest
 from contract_worker import Worker
@@ -221,7 +222,10 @@ def test_who_does_not_leave_a_failed_call_in_time_breaks_the_group(make, gate, v
     assert error.__cause__ is error.first
     text = str(error)
     assert ") failed in fail_or_wait() (ValueError: ('no', 0)), and rank 1 had not ret" in text
-    assert "0.2 s later (option grace)" in text
+    line = rf"\n  rank 1: pid {group.pids[1]}, running fail_or_wait\(\) for 0\.[2-9] s, in "
+    assert re.search(rf"0\.2 s later \(option grace\){line}", text)
+    assert list(error.stacks) == [1]
+    assert "in fail_or_wait" in error.stacks[1]
     assert text.endswith("workers is broken and takes no more calls: make a new group")
     with pytest.raises(GroupBroken) as again:
         group.call(Worker.get_rank)

@@ -182,9 +182,12 @@ def test_a_close_ends_a_restart(make: Make) -> None:
 
 def test_a_group_that_gave_up_on_a_rank_starts_again(make: Make) -> None:
     """A broken group, with a rank stuck in its call, is as new after a restart."""
-    group = make(Counting, 2, args=([],), restart=Restart(1, 0.0))
+    started = threading.Event()
+    restart = Restart(1, 0.0, on_restart=lambda view: started.set())
+    group = make(Counting, 2, args=([],), restart=restart)
     with pytest.raises(ValueError, match="first"):
         group.options(grace=0.05).call(stuck_but_one)
+    assert started.wait(30)
     group.wait_ready(timeout=30)
     assert group.call(Counting.count) == [1, 1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 
 import pytest
@@ -121,7 +122,14 @@ def test_flush_waits_for_all_that_was_submitted_and_raises_nothing(group, gate):
         group.flush(timeout=0.05)
     assert caught.value.missing == (1,)
     assert "flush(0.05) of workers has waited its 0.05 s" in str(caught.value)
-    assert "\n  rank 1: owes pass_gate() (call " in str(caught.value)
+    where = rf"rank 1: pid {group.pids[1]}, running pass_gate\(\) for [0-9.]+ s, in contract_work"
+    assert re.search(rf"; waiting for rank 1\n  {where}", str(caught.value))
+    assert (caught.value.answered, caught.value.states) == ((0, 2), {1: "running"})
+    assert caught.value.seconds[1] > 0
+    assert "in pass_gate" in caught.value.stacks[1]
+    with pytest.raises(CallTimeout, match=r"flush\(0\) of workers has waited no longer") as look:
+        group.flush(0)
+    assert (look.value.missing, look.value.stacks) == ((1,), {1: None}), "it interrupts nobody"
     opener = threading.Thread(target=gate.open, args=(1,))
     opener.start()
     group.flush()

@@ -64,6 +64,7 @@ class Machine(RuleBasedStateMachine):
         self.gone: set[int] = set()
         self.failed_at: dict[Call, float] = {}
         self.late: dict[Call, float] = {}  # calls whose deadline was seen to have passed, and when
+        self.over: dict[Call, float] = {}  # the same of their grace
 
     # How an event reaches the ledger; the other machine strikes it.
     def event(self, name: str, *args: Any) -> Any:
@@ -196,13 +197,22 @@ class Machine(RuleBasedStateMachine):
             if failed + FAILURE_PAUSE <= self.now:
                 assert call.done, "50 ms after the first failure"
             if call.on_error == "fail" and failed + call.grace <= self.now:
-                assert call.ended, "the grace is over: the rest have left it, or the group broke"
+                over = self.over.setdefault(call, self.now)
+                if not self.ledger.explains or over + EXPLAIN_PAUSE <= self.now:
+                    assert call.ended, "the grace is over: the rest have left, or the group broke"
+                else:
+                    assert call.ended or call.stuck is not None, "it is being explained"
 
     @rule(number=st.integers(1, 3))
     def explain(self, number: int) -> None:
         """The owner has found out what some overdue calls wait for, or has taken its time."""
         for _ in range(min(number, len(self.ledger.overdue))):
             call = self.ledger.overdue.popleft()
+            if call.stuck is not None:
+                assert call.stuck.missing and self.over[call] <= self.now
+                self.event("explained", call)
+                assert call.ended, "the rest have left it, or the group broke"
+                continue
             assert call.deadline is not None and call.deadline <= self.now
             self.event("explained", call)
             assert call.done or self.interrupts

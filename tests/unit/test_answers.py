@@ -8,9 +8,9 @@ import pytest
 
 from rankwise._answers import broken, explain, slow_text, take, timeout_error
 from rankwise._calls import Broken, Call, Cancelled, Closed, Expired, Garbled, Lost, Stuck
-from rankwise._messages import ACK, FAILED, OK, Exited
+from rankwise._messages import ACK, FAILED, OK, Exited, Told
 from rankwise._outcome import Failed, encode_failure
-from rankwise._report import RankReport
+from rankwise._report import RankReport, look
 from rankwise.errors import (
     CallTimeout,
     GroupBroken,
@@ -20,6 +20,10 @@ from rankwise.errors import (
     WorkerGroupError,
 )
 from rankwise.wire.codec import encode_result
+
+STACK = """Current thread 0x1 (most recent call first):
+  File "/a/shard.py", line 88 in all_reduce
+"""
 
 
 class FakeRanks:
@@ -36,6 +40,9 @@ class FakeRanks:
 
     def running(self, rank):
         return 9
+
+    def process(self, rank):
+        return None
 
     def state(self, rank, call_id=None):
         return self.states.get(rank, ("running", 2.04))
@@ -293,6 +300,25 @@ def test_a_rank_that_did_not_leave_a_failed_call(engine):
     assert type(error.first) is ValueError
     assert error.first.args == ("no",)
     assert error.__cause__ is error.first
+    assert error.stacks == {}
+
+
+def test_where_the_ranks_are_that_did_not_leave_it(engine):
+    call = make_call(bad(0, ValueError("no"), 1.0), grace=2.5)
+    stuck = Stuck(call, 0, call.answers[0][1], (1, 2))
+    stuck.reports = look(engine, (1, 2))
+    stuck.reports[1].hear(Told(1, 1, STACK, None, "reducing"))
+    stuck.reports[2].hear(Told(1, 2, None, "it is stopped", ""))
+    error = broken(stuck, engine)
+    assert str(error) == (
+        "gpt: rank 0 (pid 100) failed in forward() (ValueError: no), and ranks 1, 2 had not "
+        "returned from it 2.5 s later (option grace)\n"
+        "  rank 1: pid 101, running forward() for 2.0 s, in shard.py:88 all_reduce; "
+        'last line: "reducing"\n'
+        "  rank 2: pid 102, running forward() for 2.0 s, no stack (it is stopped)\n"
+        "gpt is broken and takes no more calls: make a new group"
+    )
+    assert error.stacks == {1: STACK, 2: None}
 
 
 def test_a_rank_that_talks_nonsense(engine):

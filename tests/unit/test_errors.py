@@ -116,7 +116,10 @@ EXAMPLES = {
             "exitcode": None,
         },
     ),
-    "GroupBroken": (lambda: GroupBroken("a"), {"first": None}),
+    "GroupBroken": (
+        lambda: GroupBroken("a", stacks={1: "File ...", 2: None}),
+        {"first": None, "stacks": {1: "File ...", 2: None}},
+    ),
     "WorkerDied": (
         died,
         {

@@ -20,13 +20,13 @@ from rankwise import _context, _lifetime, _planned
 from rankwise._answers import broken, slow_text
 from rankwise._background import Bell
 from rankwise._callbacks import USERS_PATIENCE, Callbacks
-from rankwise._calls import Call, Closed, Error, Expired
+from rankwise._calls import Call, Closed, Error
 from rankwise._deadline import clock, deadline, left
 from rankwise._environment import rank_infos
 from rankwise._ledger import Ledger
 from rankwise._messages import DEADLINE, EXIT, HAS_DEADLINE, WANT_VALUE
 from rankwise._ranks import Ranks
-from rankwise._report import look, thread_stacks
+from rankwise._report import give_reports, look, overdue_ranks, thread_stacks
 from rankwise._spin import Spin
 from rankwise._status import StatusPage
 from rankwise._worker import serve
@@ -178,9 +178,7 @@ class InlineEngine:
 
     def _explain(self, overdue: Iterable[Call], slow: Iterable[Call]) -> None:
         for call in overdue:
-            error = call.error
-            if isinstance(error, Expired):
-                error.reports = self.inquire(error.missing, 0.0)
+            give_reports(call, self.inquire(overdue_ranks(call), 0.0))
             with self._lock:
                 self._ledger.explained(call)
         for call in slow:
@@ -188,7 +186,9 @@ class InlineEngine:
                 text = slow_text(call, self, call.slow[1], self.inquire(tuple(call.missing()), 0.0))
                 self.defer(partial(logger.warning, "%s", text))
 
-    def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
+    def inquire(
+        self, ranks: tuple[int, ...], patience: float, *, lately: bool = False
+    ) -> dict[int, RankReport]:
         reports = look(self, ranks)
         threads = {rank: self._threads[rank].ident for rank in ranks}
         for rank, told in thread_stacks(threads).items():

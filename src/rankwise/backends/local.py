@@ -145,9 +145,11 @@ class LocalEngine:
         with self.pump.lock:
             return dict(self.pump.ledger.owed())
 
-    def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
+    def inquire(
+        self, ranks: tuple[int, ...], patience: float, *, lately: bool = False
+    ) -> dict[int, RankReport]:
         self.pump.check_entry()
-        return self.reports.inquire(ranks, patience)
+        return self.reports.inquire(ranks, patience, lately=lately)
 
     def unfetched(self, future: GroupFuture[Any]) -> None:
         _lifetime.log_unfetched(future)

@@ -1,7 +1,9 @@
 """What the ranks are doing, asked of the launcher: for `stacks()`, CallTimeout and slow calls.
 
     any thread   inquire > look, Ask ==> launcher ==Told=> heard > news > RankReports
-    the keeper   a deadline has passed > overdue > look, Ask ... Told > step > Ledger.explained
+                 (stacks(), flush(timeout), a start that takes too long)
+    the keeper   a deadline, or a grace, is over > overdue > look, Ask ... Told > step
+                                                   > Ledger.explained
                  a call is slow        > slow    > look, Ask ... Told > step > the log
 
 The keeper never waits: an open inquiry is a line in `_pending`, looked at in `step`, and ended by
@@ -18,11 +20,10 @@ import logging
 from itertools import count
 
 from rankwise._answers import slow_text
-from rankwise._calls import Expired
 from rankwise._cpu import CpuUse
 from rankwise._deadline import clock
 from rankwise._messages import Ask, Told
-from rankwise._report import look
+from rankwise._report import give_reports, look, overdue_ranks
 from rankwise._slow import SlowCalls
 
 TYPE_CHECKING = False
@@ -75,10 +76,12 @@ class Reports:
 
     # -- any thread ---------------------------------------------------------------------------
 
-    def inquire(self, ranks: tuple[int, ...], patience: float) -> dict[int, RankReport]:
+    def inquire(
+        self, ranks: tuple[int, ...], patience: float, *, lately: bool
+    ) -> dict[int, RankReport]:
         """What each of `ranks` is doing, with its stacks. Waits `patience` seconds at most."""
         link = self._engine.link
-        inquiry = self._ask(ranks, stacks=True)
+        inquiry = self._ask(ranks, stacks=True, lately=self._fresh(ranks) if lately else None)
         try:
             link.wait_for(lambda: not inquiry.waiting or link.gone, clock() + patience)
         finally:
@@ -120,8 +123,7 @@ class Reports:
         def settle(reports: dict[int, RankReport] | None) -> None:
             with self._engine.pump.lock:
                 for call in calls:
-                    if isinstance(call.error, Expired):
-                        call.error.reports = reports
+                    give_reports(call, reports)
                     self._engine.pump.ledger.explained(call)
 
         self._begin(ranks, settle, stacks=True, lately=self._fresh(ranks))
@@ -195,11 +197,6 @@ class Reports:
             for when, running, told in [self._lately.get(rank, _NEVER)]
             if when > since and running == self._engine.ranks.running(rank)
         }
-
-
-def overdue_ranks(call: Call) -> tuple[int, ...]:
-    """The ranks that had not answered `call` at its deadline; none where it is over otherwise."""
-    return call.error.missing if isinstance(call.error, Expired) else ()
 
 
 class _Pending:
