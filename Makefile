@@ -12,7 +12,7 @@ TEST := test$(if $(filter 0,$(TORCH)),,$(comma)test-torch)
 N ?= 50
 SECONDS ?= 600
 
-.PHONY: help demo test check bench bench-peers soak repeat clean
+.PHONY: help demo test check bench bench-peers bench-bounds soak repeat clean
 .NOTPARALLEL:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make check   lint, types, import rules, unit and contract tests: what to run before a commit"
 	@echo "make bench   what a call costs, beside the floor and the alternatives; plots in docs/benchmarks"
 	@echo "make bench-peers   install the alternatives that are not in the standard library"
+	@echo "make bench-bounds  how soon deaths are told and all is gone, beside the bounds; docs/faults.md"
 	@echo "make soak    random calls against random faults for SECONDS=$(SECONDS)"
 	@echo "make repeat  the process and fault tests N=$(N) times, until one fails"
 	@echo "make clean   remove .venv and all caches"
@@ -48,6 +49,11 @@ bench:
 
 bench-peers:
 	$(INSTALL) bench,bench-peers
+
+bench-bounds:
+	$(INSTALL) bench
+	@$(BIN)/python benchmarks/bounds.py --out docs/benchmarks $(ARGS)
+	@$(BIN)/python scripts/faults_page.py > docs/faults.md
 
 soak:
 	$(INSTALL) $(TEST)

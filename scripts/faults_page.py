@@ -1,4 +1,4 @@
-"""docs/faults.md, out of the fault tests' own marks and parameters.
+"""docs/faults.md, out of the fault tests' own marks and parameters, and of measured bounds.
 
 python scripts/faults_page.py > docs/faults.md
 """
@@ -6,11 +6,15 @@ python scripts/faults_page.py > docs/faults.md
 from __future__ import annotations
 
 import importlib
+import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parents[1] / "tests" / "faults"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "tests" / "faults"
+MEASURED = ROOT / "docs" / "benchmarks" / "bounds.json"
 
 # Who waits at a stage at which it is not a call, or not only.
 _WAITERS = {
@@ -75,8 +79,43 @@ def _text(value: Any, ids: Any, at: int) -> str:
     return str(value[0] if isinstance(value, tuple) else value)
 
 
+BOUNDS = """
+## How soon
+
+Measured by `make bench-bounds` ({machine}).
+Groups of 8 ranks; of 4 where one fails, of 2 for `stacks()`. A bound is for the worst, unless it
+says median.
+
+| | bound | median | worst | of |
+|---|---|---|---|---|
+"""
+
+
+def bounds() -> list[str]:
+    """The rows of what `make bench-bounds` has measured last; the table's head is the first."""
+    found = json.loads(MEASURED.read_text())
+    machine = ", ".join(f"{value} {key}" if key == "cpus" else f"{key} {value}"
+                        for key, value in found["machine"].items())  # fmt: skip
+    table = [BOUNDS.format(machine=machine).rstrip("\n")]
+    for row in found["rows"]:
+        bound = "" if row["worst"] is None else f"{row['worst']:g} ms"
+        if row["typical"] is not None:
+            bound = f"median {row['typical']:g} ms, {bound}"
+        ms = row["ms"]
+        cells = (
+            row["what"],
+            bound,
+            f"{statistics.median(ms):.1f} ms",
+            f"{max(ms):.1f} ms",
+            len(ms),
+        )
+        table.append("| " + " | ".join(map(str, cells)) + " |")
+    return table
+
+
 def page() -> str:
-    return HEAD + "\n".join(rows()) + "\n"
+    table = bounds() if MEASURED.exists() else []
+    return HEAD + "\n".join([*rows(), *table]) + "\n"
 
 
 if __name__ == "__main__":
