@@ -30,11 +30,17 @@ def go_wrong(fault: str) -> None:
         case "SIGABRT":
             os.abort()
         case "hold-gil":
-            ctypes.PyDLL(None).sleep(600)
+            hold_gil()
         case "sleep":
             time.sleep(600)
         case name:
             os.kill(os.getpid(), getattr(signal, name))
+
+
+def hold_gil() -> None:
+    # Again, for a signal ends the call early: somebody has asked for stacks.
+    while True:
+        ctypes.PyDLL(None).sleep(600)
 
 
 class Bomb:
@@ -104,7 +110,7 @@ class Faulty:
     def pid(self) -> int:
         return os.getpid()
 
-    def thread_then_die(self, fault: str, read_end: int) -> None:
+    def thread_then_go_wrong(self, fault: str, read_end: int) -> None:
         """Go wrong from a second thread once the rank is idle and the descriptor is readable."""
         import threading
 

@@ -6,13 +6,13 @@ pid and how it ended; where code raises, the caller gets what was raised.
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import signal
 import time
 
 import pytest
 from faulty import FAULTS, RANK, Bomb, Faulty, Oops
+from waiters import SOON, by_each, waiters
 
 from rankwise import (
     GroupBroken,
@@ -23,7 +23,6 @@ from rankwise import (
     WorkerGroup,
 )
 
-SOON = 5.0  # seconds; a hang is minutes. Medians are the benchmark's business, not the tests'.
 cell = pytest.mark.cell
 
 EXITS = {
@@ -137,37 +136,6 @@ def test_a_module_that_ranks_cannot_import_is_reported(method: str) -> None:
 # -- in a call --------------------------------------------------------------------------------
 
 
-def by_call(group: WorkerGroup, *args: object) -> None:
-    group.call(Faulty.work, *args)
-
-
-def by_result(group: WorkerGroup, *args: object) -> None:
-    group.submit(Faulty.work, *args).result()
-
-
-def by_callback(group: WorkerGroup, *args: object) -> None:
-    done: queue.SimpleQueue = queue.SimpleQueue()
-    group.submit(Faulty.work, *args).add_done_callback(done.put)
-    done.get(timeout=SOON).result()
-
-
-def by_await(group: WorkerGroup, *args: object) -> None:
-    async def main() -> None:
-        await group.submit(Faulty.work, *args)
-
-    asyncio.run(main())
-
-
-def by_each(group: WorkerGroup, *args: object) -> None:
-    for future in reversed(group.submit_each(Faulty.work, *args)):
-        future.result()
-
-
-waiters = pytest.mark.parametrize(
-    "waiter", [by_call, by_result, by_callback, by_await, by_each], ids=lambda f: f.__name__
-)
-
-
 @cell(
     stage="receive, run, reply",
     gets="code that raises: its exception, and the rank lives on; a process that ends: "
@@ -214,13 +182,12 @@ def test_a_rank_that_dies_idle_breaks_the_group(fault: str, method: str) -> None
     import os
 
     read_end, write_end = os.pipe()
-    os.set_inheritable(read_end, True)
     failures: queue.SimpleQueue = queue.SimpleQueue()
     try:
         with start("", "", method, on_failure=failures.put) as group:
             # The rank opens its own end: a pipe of the driver's does not reach a spawned process.
             path = f"/proc/{os.getpid()}/fd/{read_end}"
-            group[RANK].call(_die_when_readable, fault, path)
+            group[RANK].call(go_wrong_when_readable, fault, path)
             os.write(write_end, b"x")
             failure = failures.get(timeout=SOON)
             check_death(failure.first, fault)
@@ -232,10 +199,10 @@ def test_a_rank_that_dies_idle_breaks_the_group(fault: str, method: str) -> None
         os.close(write_end)
 
 
-def _die_when_readable(worker: Faulty, fault: str, path: str) -> None:
+def go_wrong_when_readable(worker: Faulty, fault: str, path: str) -> None:
     import os
 
-    worker.thread_then_die(fault, os.open(path, os.O_RDONLY))
+    worker.thread_then_go_wrong(fault, os.open(path, os.O_RDONLY))
 
 
 @cell(
@@ -259,31 +226,6 @@ def test_a_failure_reaches_the_caller_while_peers_are_stuck(
             assert f"rank {RANK}" in caught.value.__notes__[0]
         else:
             check_death(caught.value, fault)
-
-
-@cell(
-    stage="run",
-    gets="CallTimeout at the deadline: answered, missing, and for each its state, CPU, "
-    "stack and last line; the other ranks go on",
-    within=8,
-)
-@methods
-@pytest.mark.parametrize("fault", ["sleep", "hold-gil", "SIGSTOP"])
-def test_a_stuck_rank_costs_its_timeout_and_no_more(fault: str, method: str) -> None:
-    group = start("run", fault, method)
-    try:
-        began = time.monotonic()
-        with pytest.raises(TimeoutError) as caught:
-            group.options(timeout=0.3).call(Faulty.work)
-        assert 0.25 < time.monotonic() - began < 1.0
-        assert caught.value.missing == (RANK,)
-        assert caught.value.answered == (1 - RANK,)
-        assert caught.value.states[RANK] == ("stopped" if fault == "SIGSTOP" else "running")
-        assert group[1 - RANK].call(Faulty.pid) == group.pids[1 - RANK]
-    finally:
-        began = time.monotonic()
-        group.close(timeout=0.3)
-        assert time.monotonic() - began < 3.0
 
 
 # -- at the end -------------------------------------------------------------------------------

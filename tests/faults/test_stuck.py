@@ -1,0 +1,201 @@
+"""A rank that is there and does not get on: stopped, asleep, or in C code with the GIL held.
+
+Nobody takes it for dead, so what ends a wait is the caller's own limit, or the group's end. Every
+group has two ranks; rank 1 is the one that sticks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from faulty import RANK, Bomb, Faulty, hold_gil
+from test_no_caller_waits_forever import START, methods, start
+from waiters import NAMES, Everybody, by_each, waiters
+
+from rankwise import CallTimeout, GroupClosed, StartupError, StartupTimeout, WorkerDied, WorkerGroup
+from rankwise.testing import delay, faults, kill
+from rankwise.testing import hold_gil as planned_hold
+
+cell = pytest.mark.cell
+STUCK = pytest.mark.parametrize("fault", ["sleep", "hold-gil", "SIGSTOP"])
+TIMEOUT = 0.3
+LARGE = bytes(8 << 20)
+
+
+@pytest.fixture
+def made(method: str) -> Iterator[Callable[[str, str], WorkerGroup]]:
+    """Makes a group that goes wrong as told, and ends it whatever its rank does."""
+    groups: list[WorkerGroup] = []
+
+    def make(stage: str, fault: str) -> WorkerGroup:
+        groups.append(start(stage, fault, method))
+        return groups[-1]
+
+    yield make
+    for group in groups:
+        group.kill()
+
+
+def wait_out(waiter: Callable[..., None], group: WorkerGroup, *args: object) -> CallTimeout:
+    """The CallTimeout that `waiter` gets, at its deadline."""
+    began = time.monotonic()
+    with pytest.raises(CallTimeout) as caught:
+        waiter(group.options(timeout=TIMEOUT), *args)
+    assert TIMEOUT * 0.9 < time.monotonic() - began < TIMEOUT + 1.0
+    error = caught.value
+    assert error.missing == (RANK,)
+    assert error.answered == (() if waiter is by_each else (1 - RANK,))
+    assert f"\n  rank {RANK}: pid {group.pids[RANK]}, " in str(error)
+    return error
+
+
+@cell(
+    stage="receive, run, reply",
+    gets="CallTimeout at the deadline: answered, missing, and for each its state, CPU, "
+    "stack and last line; the other ranks go on",
+    within=8,
+)
+@methods
+@waiters
+@STUCK
+@pytest.mark.parametrize("stage", ["load", "run", "reply"])
+def test_a_stuck_rank_costs_its_timeout_and_no_more(
+    stage: str, fault: str, waiter, method: str, made
+) -> None:
+    group = made(stage, fault)
+    error = wait_out(waiter, group, *((Bomb(fault),) if stage == "load" else ()))
+    stopped = fault == "SIGSTOP"
+    assert error.states[RANK] == ("stopped" if stopped else "running")
+    assert error.seconds[RANK] > 0
+    assert error.reasons == ({RANK: "it is stopped"} if stopped else {})
+    if not stopped:
+        assert f"in {'hold_gil' if fault == 'hold-gil' else 'go_wrong'}\n" in error.stacks[RANK]
+    assert group[1 - RANK].call(Faulty.pid) == group.pids[1 - RANK]
+
+
+def _hold_in_a_thread(worker: Any) -> None:
+    threading.Thread(target=hold_gil, daemon=True).start()
+
+
+@cell(
+    stage="idle, large transfer",
+    gets="CallTimeout at the deadline; the call is with the rank, and runs when that goes on",
+    within=8,
+)
+@methods
+@waiters
+@pytest.mark.parametrize("fault", ["SIGSTOP", "another thread holds the GIL"])
+@pytest.mark.parametrize("stage", ["idle", "large transfer"])
+def test_a_rank_that_does_not_take_its_call_costs_its_timeout(
+    stage: str, fault: str, waiter, method: str, made
+) -> None:
+    group = made("", "")
+    pid = group.pids[RANK]
+    args = (LARGE,) if stage == "large transfer" else ()
+    if fault == "SIGSTOP":
+        os.kill(pid, signal.SIGSTOP)
+        error = wait_out(waiter, group, *args)
+        assert error.states[RANK] == "stopped"
+        os.kill(pid, signal.SIGCONT)
+        assert group.call(Faulty.pid) == group.pids
+    else:
+        # The answer of this very call may not leave any more: nobody waits for it.
+        group[RANK].submit(_hold_in_a_thread)
+        error = wait_out(waiter, group, *args)
+        assert error.states[RANK] in ("queued", "running")
+
+
+@cell(
+    stage="run, then close",
+    waiter=NAMES,
+    gets="GroupClosed when close() has waited its timeout; the rank is killed",
+    within=8,
+)
+@methods
+@STUCK
+def test_close_ends_every_wait_for_a_stuck_rank(fault: str, method: str, made) -> None:
+    group = made("run", fault)
+    everybody = Everybody(group)
+    while group.health()[RANK].state not in ("running", "stopped"):
+        pass
+    began = time.monotonic()
+    group.close(timeout=0.2)
+    assert time.monotonic() - began < 3.0
+    for name, error in everybody.errors().items():
+        assert isinstance(error, GroupClosed), name
+
+
+@cell(
+    stage="spawn",
+    gets="StartupError: rank, phase 'spawn', exit status; its cause is a WorkerDied",
+    within=8,
+)
+@methods
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSEGV", "SIGABRT", "SIGTERM"])
+def test_a_rank_that_dies_before_it_has_read_anything(fault: str, method: str) -> None:
+    number = getattr(signal, fault)
+    with pytest.raises(StartupError) as caught:
+        with faults(kill(RANK, at="spawn", signal=number)):
+            WorkerGroup(Faulty, 2, args=("", ""), **START[method])
+    assert (caught.value.rank, caught.value.phase) == (RANK, "spawn")
+    assert caught.value.exit_status == -number
+    assert isinstance(caught.value.__cause__, WorkerDied)
+    assert fault in str(caught.value)
+
+
+@cell(
+    stage="spawn",
+    gets="StartupTimeout at start_timeout: who is not ready, its phase",
+    within=8,
+)
+@methods
+@STUCK
+def test_a_rank_that_sticks_before_it_has_read_anything(fault: str, method: str) -> None:
+    plan = {
+        "sleep": delay(RANK, 600, at="spawn"),
+        "hold-gil": planned_hold(RANK, 600, at="spawn"),
+        "SIGSTOP": kill(RANK, at="spawn", signal=signal.SIGSTOP),
+    }
+    with pytest.raises(StartupTimeout) as caught:
+        with faults(plan[fault]):
+            WorkerGroup(Faulty, 2, args=("", ""), start_timeout=1.5, **START[method])
+    assert caught.value.phases == {RANK: "spawn"}
+    assert f"rank {RANK}" in str(caught.value)
+
+
+class Clockwork:
+    """Rank 1 is killed so many seconds after its construction has begun, by the kernel's clock."""
+
+    def __init__(self, seconds: float) -> None:
+        if os.environ["RANK"] == str(RANK):
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def wait(self) -> None:
+        threading.Event().wait()
+
+
+@cell(
+    stage="construct, ready, run",
+    waiter="the constructor, call",
+    gets="whatever the moment: StartupError, or WorkerDied in the first call; both name rank "
+    "and signal",
+    within=8,
+)
+@methods
+@pytest.mark.parametrize("fault", [f"killed after {us} us" for us in (1, 200, 500, 1000, 3000)])
+def test_a_rank_that_dies_about_when_it_is_ready(fault: str, method: str) -> None:
+    seconds = int(fault.split()[2]) * 1e-6
+    with pytest.raises((StartupError, WorkerDied)) as caught:
+        with WorkerGroup(Clockwork, 2, args=(seconds,), **START[method]) as group:
+            group.call(Clockwork.wait)
+    error = caught.value
+    assert error.rank == RANK
+    assert error.exitcode == -signal.SIGALRM
+    assert "SIGALRM" in str(error)

@@ -1,0 +1,73 @@
+"""The ways in which a caller waits for a call of `Faulty`, and all of them at once."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from faulty import Faulty
+
+SOON = 5.0  # seconds; a hang is minutes. Medians are the benchmark's business, not the tests'.
+
+
+def by_call(group: Any, *args: object) -> None:
+    group.call(Faulty.work, *args)
+
+
+def by_result(group: Any, *args: object) -> None:
+    group.submit(Faulty.work, *args).result()
+
+
+def by_callback(group: Any, *args: object) -> None:
+    done: queue.SimpleQueue = queue.SimpleQueue()
+    group.submit(Faulty.work, *args).add_done_callback(done.put)
+    done.get(timeout=SOON).result()
+
+
+def by_await(group: Any, *args: object) -> None:
+    async def main() -> None:
+        await group.submit(Faulty.work, *args)
+
+    asyncio.run(main())
+
+
+def by_each(group: Any, *args: object) -> None:
+    for future in reversed(group.submit_each(Faulty.work, *args)):
+        future.result()
+
+
+ALL = (by_call, by_result, by_callback, by_await, by_each)
+NAMES = ", ".join(waiter.__name__.removeprefix("by_") for waiter in ALL)
+
+waiters = pytest.mark.parametrize("waiter", ALL, ids=lambda waiter: waiter.__name__)
+
+
+class Everybody:
+    """All waiters at once, each in a thread of its own: `errors()` is what they got."""
+
+    def __init__(self, group: Any) -> None:
+        self._errors: dict[str, BaseException | None] = {}
+        self._threads = [
+            threading.Thread(target=self._wait, args=(waiter, group), daemon=True) for waiter in ALL
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _wait(self, waiter: Callable[..., None], group: Any) -> None:
+        try:
+            waiter(group)
+        except BaseException as error:
+            self._errors[waiter.__name__] = error
+        else:
+            self._errors[waiter.__name__] = None
+
+    def errors(self) -> dict[str, BaseException | None]:
+        for thread in self._threads:
+            thread.join(SOON)
+            assert not thread.is_alive(), "somebody waits still"
+        assert set(self._errors) == {waiter.__name__ for waiter in ALL}
+        return self._errors
