@@ -21,8 +21,10 @@ _WAITERS = {
     "start": "the constructor",
     "spawn": "the constructor",
     "import": "the constructor",
+    "construct": "the constructor",
     "idle": "`on_failure`",
     "close": "`close`",
+    "exit": "`close`",
 }
 
 HEAD = """# What happens when something goes wrong
@@ -30,7 +32,10 @@ HEAD = """# What happens when something goes wrong
 Each row is a test of `tests/faults`, run with every combination of what it lists; this page is
 made of the tests' own parameters (`scripts/faults_page.py`). "within" is what each of these tests
 asserts of itself, start and end of the group included: it tells a hang from an answer, and is no
-measurement. `make soak` plays all of it at random.
+measurement; those are at the end. `make soak` plays all of it at random.
+
+Waiters: `call`; `result` of a future; a `callback` on one; `await` of one; `each`, the futures of
+`submit_each`.
 
 | stage | fault | started by | waiter | the caller gets | within |
 |---|---|---|---|---|---|
@@ -59,12 +64,13 @@ def _row(cell: dict[str, Any], marks: list[Any]) -> str:
             first = (names if isinstance(names, str) else names[0]).split(",")[0].strip()
             ids = mark.kwargs.get("ids")
             values[first] = [_text(value, ids, at) for at, value in enumerate(given)]
-    stage = ", ".join(values.get("stage", [cell["stage"]]))
+    stages = values.get("stage", [cell["stage"]])
+    waiter = cell.get("waiter", _WAITERS.get(cell["stage"], "call"))
     columns = [
-        stage,
-        ", ".join(values.get("fault", ["it cannot be had"])),
-        ", ".join(values.get("method", values.get("options", []))),
-        ", ".join(values.get("waiter", [_WAITERS.get(cell["stage"], "call")])),
+        ", ".join("receive" if stage == "load" else stage for stage in stages),
+        ", ".join(values.get("fault", [cell.get("fault", "it cannot be had")])),
+        ", ".join(values.get("method", values.get("options", ["spawn"]))),
+        ", ".join(values.get("waiter", [waiter])),
         cell["gets"],
         f"{cell['within']} s",
     ]
@@ -78,6 +84,27 @@ def _text(value: Any, ids: Any, at: int) -> str:
         return str(ids[at])
     return str(value[0] if isinstance(value, tuple) else value)
 
+
+ABSENT = """
+## What has no row, and why
+
+- **One waiter** where others could wait: every waiter is handed the same settled call, and the
+  rows with all of them show that. `await WorkerGroup.start(...)` gets what the constructor raises
+  (tests/process/test_asyncio.py).
+- **spawn** with a fault of the user's code: none of it runs yet.
+- **idle** with something raised: nothing runs. What a thread of the user's raises ends that
+  thread, as in any Python process, and not the rank.
+- **unpicklable, unrebuildable** at any other stage: only arguments and results travel. The
+  constructor's arguments are pickled before there is a process
+  (tests/contract/test_construction.py).
+- **out of memory** by the kernel's hand is SIGKILL; `WorkerDied.oom_killed` tells it
+  (tests/unit/test_reaper.py plays the kernel). A message that there is no room for is a
+  MemoryError of that call (tests/process/test_g10_large_payloads.py).
+- **disk full** and files of rankwise's own: it has none.
+- **large transfer** with a fault of the user's code: that is loaded and pickled as any other is,
+  in the row of receive, run and reply.
+- **stream**: there are no streams yet.
+"""
 
 BOUNDS = """
 ## How soon
@@ -115,7 +142,7 @@ def bounds() -> list[str]:
 
 def page() -> str:
     table = bounds() if MEASURED.exists() else []
-    return HEAD + "\n".join([*rows(), *table]) + "\n"
+    return HEAD + "\n".join([*rows(), ABSENT.rstrip(), *table]) + "\n"
 
 
 if __name__ == "__main__":

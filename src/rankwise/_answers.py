@@ -22,6 +22,7 @@ from rankwise.errors import (
     WorkerDied,
     WorkerGroupError,
     describe_exit,
+    first_line,
 )
 from rankwise.wire import codec
 from rankwise.wire.lending import LENT
@@ -133,7 +134,7 @@ def _consequences(
     for rank in order[1:]:
         error = errors[rank]
         cause = error.__cause__ if isinstance(error.__cause__, RemoteError) else error
-        text = str(cause).partition("\n")[0].partition(": ")[2]
+        text = first_line(str(cause).partition(": ")[2])
         alike.setdefault(text, []).append(rank)
     began = when[order[0]]
     return [
@@ -180,10 +181,11 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
             text = str(first)
         case Stuck(call=call, failed=rank, body=body, missing=missing, reports=reports):
             first = failure(body, rank, engine.ranks.pid(rank), call.method)
+            said = f"{type(first).__name__}: {first_line(str(first))}"
             text = (
                 f"{engine.name}: rank {rank} (pid {engine.ranks.pid(rank)}) failed in "
-                f"{call.method}() ({type(first).__name__}: {first}), and {ranks_text(missing)} had "
-                f"not returned from it {call.grace:g} s later (option grace)"
+                f"{call.method}() ({said}), and {ranks_text(missing)} had not returned from it "
+                f"{call.grace:g} s later (option grace)"
             )
             if reports is not None:
                 text += "".join(f"\n  {reports[rank].line(call)}" for rank in missing)

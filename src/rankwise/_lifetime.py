@@ -18,6 +18,7 @@ import warnings
 from rankwise._calls import Broken, Expired, Lost
 from rankwise._deadline import clock
 from rankwise._outcome import opened
+from rankwise.errors import first_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def log_failure(call: Call, rank: int, body: bytes) -> None:
         _, name, message, *_ = opened(body)
         logger.warning(
             "%s() on rank %d, after the failure of rank %d: %s: %s",
-            call.method, rank, first[0], name, message.partition("\n")[0],
+            call.method, rank, first[0], name, first_line(message),
         )  # fmt: skip
         return
     _log("not raised, for its call was settled already: the exception of", call, rank, body)

@@ -59,6 +59,12 @@ def _rebuild(
     return error
 
 
+def first_line(text: str, limit: int = 300) -> str:
+    """The first line of `text`, for a line of ours: an exception may carry megabytes."""
+    line = text.partition("\n")[0]
+    return line if len(line) <= limit else f"{line[:limit]}... ({len(line)} characters)"
+
+
 def describe_exit(exitcode: int | None) -> str:
     """`exitcode` in words: `was killed by SIGKILL`, `exited with status 3`, `ended`."""
     if exitcode is None:

@@ -207,25 +207,38 @@ def go_wrong_when_readable(worker: Faulty, fault: str, path: str) -> None:
 
 @cell(
     stage="run",
-    gets="the first failure, 50 ms later at most, while the others wait in a collective; "
-    "they get `grace`, then the group breaks",
+    gets="the first failure, 50 ms later at most, while the others wait in a collective; they "
+    "get `grace`, then the group breaks, and says where each was (`each`: they are left)",
     within=8,
 )
 @methods
+@waiters
 @pytest.mark.parametrize("fault", ["os._exit", "SIGKILL", "raise"])
 def test_a_failure_reaches_the_caller_while_peers_are_stuck(
-    fault: str, method: str, tmp_path
+    fault: str, waiter, method: str, tmp_path
 ) -> None:
     with start("run", fault, method) as group:
+        path = tmp_path / "ended"
         began = time.monotonic()
         with pytest.raises(Exception) as caught:
-            group.options(grace=0.2).call(Faulty.wait_for_a_file, str(tmp_path / "never"))
+            waiter(group.options(grace=0.2), str(path), method=Faulty.wait_for_a_file)
         assert time.monotonic() - began < 1.0
-        if fault == "raise":
-            assert isinstance(caught.value, Oops)
-            assert f"rank {RANK}" in caught.value.__notes__[0]
-        else:
-            check_death(caught.value, fault)
+        if fault != "raise":
+            error = caught.value
+            check_death(error.first if waiter is by_each else error, fault)
+            return
+        assert isinstance(caught.value, Oops)
+        assert f"rank {RANK}" in caught.value.__notes__[0]
+        if waiter is by_each:
+            assert group.healthy, "the others are left alone"
+            path.touch()
+            return
+        until = time.monotonic() + SOON
+        while (failure := group.failure) is None:
+            assert time.monotonic() < until
+        assert isinstance(failure.first, Oops)
+        assert "in wait_for_a_file\n" in failure.stacks[1 - RANK]
+        assert f"\n  rank {1 - RANK}: pid {group.pids[1 - RANK]}, running wait_for_" in str(failure)
 
 
 # -- at the end -------------------------------------------------------------------------------

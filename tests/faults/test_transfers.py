@@ -20,6 +20,13 @@ class Mirror:
         return len(data)
 
 
+@pytest.mark.cell(
+    stage="large transfer",
+    fault="SIGKILL at a random moment",
+    waiter="result, of four calls at once",
+    gets="the result, WorkerDied, or GroupBroken with it",
+    within=30,
+)
 @pytest.mark.parametrize("seed", range(12))
 def test_a_kill_at_a_random_moment_of_a_transfer_settles_every_future(seed: int) -> None:
     chance = random.Random(seed)

@@ -14,29 +14,29 @@ from faulty import Faulty
 SOON = 5.0  # seconds; a hang is minutes. Medians are the benchmark's business, not the tests'.
 
 
-def by_call(group: Any, *args: object) -> None:
-    group.call(Faulty.work, *args)
+def by_call(group: Any, *args: object, method: Any = Faulty.work) -> None:
+    group.call(method, *args)
 
 
-def by_result(group: Any, *args: object) -> None:
-    group.submit(Faulty.work, *args).result()
+def by_result(group: Any, *args: object, method: Any = Faulty.work) -> None:
+    group.submit(method, *args).result()
 
 
-def by_callback(group: Any, *args: object) -> None:
+def by_callback(group: Any, *args: object, method: Any = Faulty.work) -> None:
     done: queue.SimpleQueue = queue.SimpleQueue()
-    group.submit(Faulty.work, *args).add_done_callback(done.put)
+    group.submit(method, *args).add_done_callback(done.put)
     done.get(timeout=SOON).result()
 
 
-def by_await(group: Any, *args: object) -> None:
+def by_await(group: Any, *args: object, method: Any = Faulty.work) -> None:
     async def main() -> None:
-        await group.submit(Faulty.work, *args)
+        await group.submit(method, *args)
 
     asyncio.run(main())
 
 
-def by_each(group: Any, *args: object) -> None:
-    for future in reversed(group.submit_each(Faulty.work, *args)):
+def by_each(group: Any, *args: object, method: Any = Faulty.work) -> None:
+    for future in reversed(group.submit_each(method, *args)):
         future.result()
 
 

@@ -310,3 +310,11 @@ def test_what_a_caller_gave_is_not_shared_with_the_error():
     error = StartupTimeout("x", phases=phases)
     phases[1] = "spawn"
     assert error.phases == {0: "import"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("no", "no"), ("no\nmore", "no"), ("", ""), ("x" * 500, "x" * 300 + "... (500 characters)")],
+)
+def test_a_line_of_ours_is_no_longer_than_a_line(text, line):
+    assert errors.first_line(text) == line

@@ -12,7 +12,7 @@ from rankwise._answers import describe_death, died
 from rankwise._calls import Broken, Call, Closed, Expired, Garbled, Lost
 from rankwise._messages import BOOT, FAILED
 from rankwise._outcome import failed_at, failure
-from rankwise.errors import RemoteError, StartupError, StartupTimeout
+from rankwise.errors import RemoteError, StartupError, StartupTimeout, first_line
 from rankwise.wire import codec
 from rankwise.wire.lending import Lent
 
@@ -153,7 +153,7 @@ def startup_error(
 
 
 def _in_one_line(error: Exception) -> str:
-    line = str(error).partition("\n")[0]
+    line = first_line(str(error))
     if isinstance(error, RemoteError):  # "rank 0 (pid 7) in construct: SystemExit: 3"
         return line.partition(": ")[2]
     return f"{type(error).__name__}: {line}"
