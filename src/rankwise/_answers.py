@@ -138,7 +138,8 @@ def _consequences(
         alike.setdefault(text, []).append(rank)
     began = when[order[0]]
     return [
-        f"after it, {(when[ranks[0]] - began) * 1e3:.1f} ms later, {ranks_text(ranks)}: {text}"
+        f"after it, {(when[ranks[0]] - began) * 1e3:.1f} ms later, {ranks_text(sorted(ranks))}: "
+        f"{text}"
         for text, ranks in alike.items()
     ]
 
