@@ -202,6 +202,11 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
     return GroupBroken(f"{text}{end}{engine.name} {outlook}", first=first, stacks=stacks)
 
 
+def nobody_hears(cause: Error) -> bool:
+    """Whether a group that breaks for `cause` may do so with nobody waiting who is told."""
+    return isinstance(cause, Stuck) or (isinstance(cause, Lost) and cause.method is None)
+
+
 def died(lost: Lost, engine: Engine) -> WorkerDied:
     """The WorkerDied for a rank that ended, with its exit report."""
     report = lost.report

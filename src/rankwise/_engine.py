@@ -112,7 +112,8 @@ if TYPE_CHECKING:
             ...
 
         def tell_failure(self, cause: Error) -> None:
-            """Have the user's `on_failure` called, on the callback thread."""
+            """Have the user's `on_failure` called, on the callback thread; without one the failure
+            is logged, if no call tells it."""
             ...
 
         def break_calls(self) -> None:

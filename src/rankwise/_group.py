@@ -61,7 +61,8 @@ class WorkerGroup(ManyView):
     logs: "prefix", "inherit" or "off": how the workers' output is shown.
     restart: None: the death of a rank breaks the group; a `Restart`: it starts again, as a whole.
     on_failure: called once, on the callback thread, with the GroupBroken; with `restart` when no
-        restart is left, after a failed one on the thread that tried it.
+        restart is left, after a failed one on the thread that tried it. Without it, what no call
+        tells is logged: the death of an idle rank, a rank that stays beyond its grace.
     spin: "auto", or seconds: how long a waiter polls before it sleeps in the kernel.
     backend: "local" (processes), or "inline" (threads of the driver, for pdb and fast tests).
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import re
 import threading
 import time
 
@@ -227,3 +229,46 @@ def test_a_group_that_is_collected_unclosed_warns_and_ends(backend):
         del group
         gc.collect()
     wait_for_threads_of("lost")
+
+
+def test_a_close_that_has_waited_its_time_says_for_whom(make, gate, caplog, backend):
+    group = make()
+    future = group[1].submit(Worker.pass_gate, gate.path)
+    gate.entered(1)
+    with caplog.at_level(logging.WARNING, "rankwise"):
+        group.close(timeout=0.05)
+    gate.open(1)
+    assert isinstance(future.exception(0), GroupClosed)
+    if backend == "inline":
+        return  # a thread is left where it is
+    (text,) = (record.getMessage() for record in caplog.records)
+    assert re.match(
+        rf"workers: close\(\) has waited its time, and ranks? [01, ]*1 had not left: SIGTERM, then "
+        rf"SIGKILL\n(.*\n)?  rank 1: pid {group.pids[1]}, running pass_gate\(\) for [0-9.]+ s, in ",
+        text,
+    )
+
+
+def test_a_kill_says_nothing_of_those_whom_it_ends(make, gate, caplog):
+    group = make()
+    group[1].submit(Worker.pass_gate, gate.path)
+    gate.entered(1)
+    with caplog.at_level(logging.WARNING, "rankwise"):
+        group.kill()
+    gate.open(1)
+    assert caplog.records == []
+
+
+def test_what_no_call_tells_of_a_groups_failure_is_logged(make, gate, caplog):
+    """The caller has the first failure by then, and may make no call any more."""
+    group = make()
+    with caplog.at_level(logging.ERROR, "rankwise"):
+        with pytest.raises(ValueError):
+            group.options(grace=0.1).call(Worker.fail_or_wait, [0], gate.path)
+        until = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < until:
+            time.sleep(0.01)
+    (text,) = (record.getMessage() for record in caplog.records)
+    assert text == str(group.failure)
+    assert "rank 1: pid " in text
+    gate.open(1)

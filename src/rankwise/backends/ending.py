@@ -15,6 +15,7 @@ interpreter's exit, only makes it hurry. ^C takes the waits from a close and not
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 
@@ -25,6 +26,7 @@ from rankwise._deadline import clock, deadline
 from rankwise._interrupts import is_interrupt
 from rankwise._messages import EXIT, Signal
 from rankwise._shielded import Shielded
+from rankwise._stacks import ranks_text
 from rankwise.backends.link import PATIENCE
 
 TYPE_CHECKING = False
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 BROKEN_TERM = 0.3  # seconds that the ranks of a broken group have to exit by themselves
 TERM_GRACE = 1.0  # seconds between SIGTERM and SIGKILL
+TELL_PATIENCE = 0.12  # seconds for ranks that are late to say where they are
 STOPPED_LOOK = 1.0  # seconds between two looks at ranks that may be stopped
 LAST_ID = 1 << 62
 NEVER = float("inf")
@@ -166,10 +169,30 @@ class Ending:
             until = soon if until is None else min(until, soon)
         if self._wait_exits(until):
             return
+        self._tell_late(until)
         engine.break_group(Closed())
         engine.pump.tell()
         engine.link.send(Signal(engine.ranks.alive(), signal.SIGTERM))
         engine.link.wait_for(self._all_exited, deadline(TERM_GRACE))
+
+    def _tell_late(self, until: float | None) -> None:
+        """Log which ranks had not left in time, and where they are; not where nobody waited for
+        that: the group is broken, a kill or the interpreter's exit hurries."""
+        engine = self._engine
+        ledger = engine.pump.ledger
+        late = engine.ranks.alive()
+        hurried = self._limit is not None and (until is None or self._limit < until)
+        if hurried or ledger.exiting or ledger.broken is not None or engine.link.gone or not late:
+            return
+        owed = engine.owed()
+        leaving = Call("close", b"", late)
+        reports = engine.inquire(late, TELL_PATIENCE)
+        lines = [f"\n  {reports[rank].line(owed.get(rank, leaving))}" for rank in late]
+        engine.log(
+            logging.WARNING,
+            "%s: close() has waited its time, and %s had not left: SIGTERM, then SIGKILL%s",
+            engine.name, ranks_text(late), "".join(lines),
+        )  # fmt: skip
 
     def _wait_exits(self, until: float | None) -> bool:
         """Wait for the ranks' own exit. False: it is `until`, or they will not exit."""

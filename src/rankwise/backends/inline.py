@@ -17,7 +17,7 @@ from functools import partial
 from queue import SimpleQueue
 
 from rankwise import _context, _lifetime, _planned
-from rankwise._answers import broken, slow_text
+from rankwise._answers import broken, nobody_hears, slow_text
 from rankwise._background import Bell
 from rankwise._callbacks import USERS_PATIENCE, Callbacks
 from rankwise._calls import Call, Closed, Error
@@ -302,6 +302,8 @@ class InlineEngine:
         on_failure = self.spec.on_failure
         if on_failure is not None:
             self.defer(lambda: on_failure(broken(cause, self)))
+        elif nobody_hears(cause):
+            self.defer(lambda: logger.error("%s", broken(cause, self)))
 
     # -- the end ------------------------------------------------------------------------------
 

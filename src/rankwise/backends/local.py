@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from rankwise import _lifetime
-from rankwise._answers import broken
+from rankwise._answers import broken, nobody_hears
 from rankwise._callbacks import Callbacks
 from rankwise._calls import Call, Closed, Error
 from rankwise._deadline import clock, deadline
@@ -213,6 +213,8 @@ class LocalEngine:
         on_failure = self.spec.on_failure
         if on_failure is not None:
             self.defer(lambda: on_failure(broken(cause, self)))
+        elif nobody_hears(cause):
+            self.defer(lambda: logger.error("%s", broken(cause, self)))
 
     def log(self, level: int, *message: object) -> None:
         """Log, but not by the keeper: a handler of the user's may block or raise."""
