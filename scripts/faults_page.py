@@ -69,7 +69,7 @@ def _row(cell: dict[str, Any], marks: list[Any]) -> str:
     columns = [
         ", ".join("receive" if stage == "load" else stage for stage in stages),
         ", ".join(values.get("fault", [cell.get("fault", "it cannot be had")])),
-        ", ".join(values.get("method", values.get("options", ["spawn"]))),
+        ", ".join(values.get("method", values.get("options", [cell.get("method", "spawn")]))),
         ", ".join(values.get("waiter", [waiter])),
         cell["gets"],
         f"{cell['within']} s",

@@ -164,9 +164,10 @@ def overdue_ranks(call: Call) -> tuple[int, ...]:
 
 def give_reports(call: Call, reports: dict[int, RankReport] | None) -> None:
     """Keep with `call` what its `overdue_ranks` were doing, for the error that tells it."""
-    for why in (call.error, call.stuck):
-        if isinstance(why, (Expired, Stuck)) and why.reports is None:
-            why.reports = reports
+    if reports is not None:
+        for why in (call.error, call.stuck):
+            if isinstance(why, (Expired, Stuck)) and reports.keys() >= set(why.missing):
+                why.reports = why.reports or reports
 
 
 def thread_stacks(threads: Mapping[int, int | None]) -> dict[int, Told]:

@@ -23,6 +23,7 @@ class Mirror:
 @pytest.mark.cell(
     stage="large transfer",
     fault="SIGKILL at a random moment",
+    method="spawn, forkserver",
     waiter="result, of four calls at once",
     gets="the result, WorkerDied, or GroupBroken with it",
     within=30,
@@ -31,7 +32,8 @@ class Mirror:
 def test_a_kill_at_a_random_moment_of_a_transfer_settles_every_future(seed: int) -> None:
     chance = random.Random(seed)
     data = b"x" * (8 << 20)
-    with WorkerGroup(Mirror, 2) as group:
+    method = ("spawn", "forkserver")[seed % 2]
+    with WorkerGroup(Mirror, 2, start_method=method) as group:
         victim = chance.randrange(2)
         futures = [group.submit(Mirror.mirror, data) for _ in range(4)]
         timer = threading.Timer(
