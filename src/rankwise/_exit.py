@@ -104,7 +104,7 @@ def _leave(status: int, forked: bool) -> NoReturn:
 
     class Function(CFuncPtr):
         # With the GIL held: other threads stop where they next want it, as they do in an
-        # interpreter that has been finalized. They must not run while C++ destroys its globals.
+        # interpreter that has been finalized, and touch nothing that C++ destroys.
         _flags_ = FUNCFLAG_CDECL | FUNCFLAG_PYTHONAPI
         _restype_ = None
 
