@@ -79,10 +79,10 @@ def main() -> None:
     except BecomeWorker as worker:
         place = worker.place
     del launcher, channel
-    # A forked rank: from here on it is an ordinary interpreter, and ends as one.
+    # A forked rank: from here on it is an ordinary interpreter.
     from rankwise._worker import serve_process
 
-    serve_process(*place)
+    serve_process(*place, forked=True)
 
 
 class Launcher:

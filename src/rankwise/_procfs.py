@@ -17,6 +17,9 @@ from errno import EMFILE, ENFILE, ENOMEM
 
 TYPE_CHECKING = False
 
+# NVIDIA's, AMD's and Huawei's accelerators.
+DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/davinci")
+
 if TYPE_CHECKING:
     from typing import NamedTuple
 
@@ -101,6 +104,18 @@ def wchan(pid: int) -> str | None:
     """
     name = read_text(f"/proc/{pid}/wchan")
     return name if name and name != "0" else None
+
+
+def open_device() -> str | None:
+    """An accelerator that this process has open, by the path of its device file; None: none."""
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            path = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue  # the directory that is being listed
+        if path.startswith(DEVICES):
+            return path
+    return None
 
 
 def oom_kill_count(root: str = "/") -> int | None:

@@ -1,6 +1,6 @@
 """The worker's main: bootstrap, loop, reply.
 
-    launcher > main > serve_process > serve
+    launcher > main > serve_process > serve > end_process
     channel ==frame==> receive > load > method > value | Failed > encode > reply ==frame==> driver
 
 One thread, the process's main one, receives, runs and answers; calls are run in the order in which
@@ -18,6 +18,7 @@ from functools import partial
 from types import CoroutineType as coroutine
 
 from rankwise import _context
+from rankwise._exit import end_process
 from rankwise._messages import (
     ACK,
     BOOT,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     import signal as _signal
     from _socket import socket
     from collections.abc import Callable
-    from typing import Any, Protocol
+    from typing import Any, NoReturn, Protocol
 
     from rankwise.wire.arena import Arena
 
@@ -249,8 +250,10 @@ def main() -> None:
     serve_process(rank, call_fd, status_fd, crash_fd, sys.argv[6])
 
 
-def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: str) -> None:
-    """Be rank `rank`: returns when the driver says so or has gone."""
+def serve_process(
+    rank: int, call_fd: int, status_fd: int, crash_fd: int, name: str, *, forked: bool = False
+) -> NoReturn:
+    """Be rank `rank` until the driver says that it is over, or has gone; then end in order."""
     import faulthandler
     from _socket import socket  # `socket` itself takes 3 ms
 
@@ -290,6 +293,10 @@ def serve_process(rank: int, call_fd: int, status_fd: int, crash_fd: int, name: 
         serve(seen, page.words(rank), prepare, before)
     except BadFrame as error:
         sys.exit(f"rankwise: rank {rank} cannot go on: the driver has sent {error}")
+    left = _context.current_place()
+    if left is not None:
+        left.owner = None  # the worker object may go
+    end_process(forked)
 
 
 def _arm_stacks(fd: int) -> None:

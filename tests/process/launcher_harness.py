@@ -49,7 +49,7 @@ import json, os, socket, sys
 def main():
     serve_process(*map(int, sys.argv[2:6]), sys.argv[6])
 
-def serve_process(rank, call_fd, status_fd, crash_fd, name):
+def serve_process(rank, call_fd, status_fd, crash_fd, name, forked=False):
     for fd in (call_fd, status_fd, crash_fd):
         os.set_inheritable(fd, False)
     sock = socket.socket(fileno=call_fd)

@@ -45,7 +45,7 @@ LAYERS = (
     ("its parts", "_dump", "_preload", "_reaper", "_log_pipes"),
     ("making a process", "_spawn"),
     ("the worker", "_worker"),
-    ("user code, as a value", "_outcome", "_methods", "_context"),
+    ("user code, as a value, and the end", "_outcome", "_methods", "_context", "_exit"),
     ("the wire's slow path", "wire.culprit"),
     ("its walk", "wire.parts"),
     ("definitions on the wire, and tensors", "wire.byvalue", "wire.gpu", "wire.tensors"),
@@ -79,7 +79,7 @@ UPWARD = {
 # than these, whatever lies below them.
 CHILDREN = {
     "_worker": {
-        "_context", "_messages", "_methods", "_outcome", "_planned", "_rankinfo", "_spin",
+        "_context", "_exit", "_messages", "_methods", "_outcome", "_planned", "_rankinfo", "_spin",
         "_status", "testing._inject", "wire.arena", "wire.codec", "wire.frames", "wire.lending",
         "wire.worker_channel",
     },

@@ -52,7 +52,7 @@ def test_a_forked_rank_has_the_environment_that_it_would_have_by_importing_itsel
             "torch has a CUDA context in the launcher",
         ),
         (
-            "_preload.DEVICES = ('/dev/zero',); file = open('/dev/zero')",
+            "_preload._procfs.DEVICES = ('/dev/zero',); file = open('/dev/zero')",
             "/dev/zero is open in the launcher",
         ),
     ],
