@@ -180,11 +180,13 @@ class Ending:
         that: the group is broken, a kill or the interpreter's exit hurries."""
         engine = self._engine
         ledger = engine.pump.ledger
-        late = engine.ranks.alive()
+        owed = engine.owed()
+        alive = engine.ranks.alive()
+        # Those that were in no call have been told to leave only now.
+        late = tuple(rank for rank in alive if rank in owed) or alive
         hurried = self._limit is not None and (until is None or self._limit < until)
         if hurried or ledger.exiting or ledger.broken is not None or engine.link.gone or not late:
             return
-        owed = engine.owed()
         leaving = Call("close", b"", late)
         reports = engine.inquire(late, TELL_PATIENCE)
         lines = [f"\n  {reports[rank].line(owed.get(rank, leaving))}" for rank in late]
