@@ -153,7 +153,7 @@ def close_stuck() -> float:
 
 
 def stack(made: WorkerGroup) -> float:
-    future = made[1].submit(Mortal.count, 5_000_000)
+    future = made[1].submit(Mortal.count, 15_000_000)
     while made.health()[1].method != "count":
         time.sleep(0.001)
     began = time.monotonic()

@@ -111,7 +111,8 @@ BOUNDS = """
 
 Measured by `make bench-bounds` ({machine}).
 Groups of 8 ranks; of 4 where one fails, of 2 for `stacks()`. A bound is for the worst, unless it
-says median.
+says median. Other programs shared the two cores while these were taken: medians and most of
+all the worst are an upper limit of what a quiet machine gives.
 
 | | bound | median | worst | of |
 |---|---|---|---|---|
