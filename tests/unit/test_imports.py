@@ -109,10 +109,11 @@ OTHERS = {
     "torch": ["torch", "compat._vllm_environment", "wire.gpu", "wire.tensors"],
 }
 
-# A millisecond or more each, or thread starters; a rank and its launcher do without until they need them.
+# A millisecond or more each, or thread starters; a rank and its launcher do without until they need
+# them.
 HEAVY = (
-    "asyncio", "concurrent.futures", "contextlib", "dataclasses", "enum", "inspect", "logging", "multiprocessing",
-    "pickle", "re", "socket", "subprocess", "typing",
+    "asyncio", "concurrent.futures", "contextlib", "dataclasses", "enum", "inspect", "logging",
+    "multiprocessing", "pickle", "re", "socket", "subprocess", "typing",
 )  # fmt: skip
 FOREIGN = ("cloudpickle", "numpy", "ray", "torch")
 
