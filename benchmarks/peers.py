@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Protocol
@@ -44,8 +46,14 @@ class RayActors:
         import ray  # type: ignore[import-not-found, unused-ignore]
 
         self._ray: Any = ray
-        if not ray.is_initialized():
-            ray.init(num_cpus=world_size, logging_level="ERROR", include_dashboard=False)
+        # Its logs stay behind otherwise. The path must be short: sockets are made below it.
+        self._folder = tempfile.mkdtemp(prefix="ray-")
+        ray.init(
+            num_cpus=world_size,
+            logging_level="ERROR",
+            include_dashboard=False,
+            _temp_dir=self._folder,
+        )
 
         class Actor:
             def echo(self, value: object) -> object:
@@ -60,6 +68,7 @@ class RayActors:
 
     def close(self) -> None:
         self._ray.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class MonarchActors:

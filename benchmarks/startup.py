@@ -4,7 +4,8 @@
     a worker's own imports   `python -c "import rankwise._worker, ..."`, beside the same
     open, call, close        four ranks whose class is in a module, or in `__main__`, as in a script
     8 ranks, spawn           beside 8 times `python -c "import rankwise"`, two at a time
-    8 ranks, forkserver      that need torch, preloaded, beside one `python -c "import torch"`
+    8 ranks, forkserver      that need torch, preloaded, beside one `python -c "import torch"`; then
+                             restarted, with the launcher warm, and closed
 
 Each row is taken in turn with what it is measured against, in every round; differences and ratios
 are taken within a round. What is imported has been compiled before. A group is opened by a driver
@@ -33,7 +34,7 @@ RANKS = 8
 # What a worker has imported when it waits for its boot call.
 WORKER = "import rankwise._worker, rankwise._status, faulthandler, _socket, _ctypes"
 
-# A driver: it says when it began, and of each group four moments, by CLOCK_MONOTONIC.
+# A driver: it says when it began, and of each group five moments, by CLOCK_MONOTONIC.
 DRIVER = """
 import sys, time
 {given}
@@ -44,9 +45,12 @@ for _ in range(int(sys.argv[1])):
     group = WorkerGroup(Hello, {ranks}{options})
     opened = time.monotonic()
     group.call("hello")
-    called = time.monotonic()
+    called = restarted = time.monotonic()
+    if {restarts}:
+        group.restart()
+        restarted = time.monotonic()
     group.close()
-    print(began, opened, called, time.monotonic(), flush=True)
+    print(began, opened, called, restarted, time.monotonic(), flush=True)
 """
 
 IMPORTED = "from hello import Hello"
@@ -94,10 +98,14 @@ def two_at_a_time(code: str, count: int) -> float:
     return time.monotonic() - began
 
 
-def driver(given: str, ranks: int, *, options: str = "", groups: int = 2) -> list[list[float]]:
+def driver(
+    given: str, ranks: int, *, options: str = "", groups: int = 2, restarts: bool = False
+) -> list[list[float]]:
     """Run a driver that opens, calls and closes `groups` groups: of each when it was begun, opened,
-    called and closed. The first is begun when the driver imports rankwise."""
-    process = python(DRIVER.format(given=given, ranks=ranks, options=options), str(groups))
+    called, restarted and closed. The first is begun when the driver imports rankwise."""
+    process = python(
+        DRIVER.format(given=given, ranks=ranks, options=options, restarts=restarts), str(groups)
+    )
     output, _ = process.communicate()
     if process.returncode:
         raise RuntimeError("a driver of the benchmark failed")
@@ -126,19 +134,21 @@ def measure(rounds: int) -> Rows:
             ("4 ranks, class in __main__", DEFINED),
         ):
             first, *again = driver(given, 4, groups=4)
-            note(f"{name}, first", took=first[3] - first[0])
+            note(f"{name}, first", took=first[-1] - first[0])
             for moments in again:
-                note(name, took=moments[3] - moments[0])
+                note(name, took=moments[-1] - moments[0])
                 note(f"{name}: open", took=moments[1] - moments[0])
-                note(f"{name}: close", took=moments[3] - moments[2])
+                note(f"{name}: close", took=moments[-1] - moments[2])
         _, again_8 = driver(IMPORTED, RANKS)
         bare = two_at_a_time("import rankwise", RANKS)
         note("8 ranks, spawn: open", took=again_8[1] - again_8[0], beside=bare)
         if has_torch:
             forked = ', start_method="forkserver", preload=["torch"]'
-            _, again_8 = driver(WITH_TORCH, RANKS, options=forked)
+            _, again_8 = driver(WITH_TORCH, RANKS, options=forked, restarts=True)
             alone = seconds("import torch")
             note("8 ranks, forkserver and torch: open", took=again_8[1] - again_8[0], beside=alone)
+            note("8 ranks, forkserver and torch: restart", took=again_8[3] - again_8[2])
+            note("8 ranks, forkserver and torch: close", took=again_8[4] - again_8[3])
     return rows
 
 

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import os
 from _ctypes import call_function, dlopen, dlsym  # `ctypes` itself takes 2 ms
-from contextlib import suppress
 
 from rankwise import _procfs
 from rankwise._deadline import clock
@@ -257,6 +256,8 @@ def _field(text: str, key: str) -> str:
 def _on_cpu(pid: int) -> int:
     """Nanoseconds that the main thread has run; a kernel that does not count them says 0, always,
     and such a rank is asked once more only while it sleeps."""
-    with suppress(IndexError):
+    try:
         return _procfs.read_integers(f"/proc/{pid}/schedstat")[0] or 0
+    except IndexError:
+        pass
     return 0

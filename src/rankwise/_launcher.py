@@ -1,9 +1,10 @@
 """The launcher: one small process a group, the parent of every rank.
 
-    driver ==Launch, Signal, Ask, Shown, Finish==> ControlChannel > Launcher > fork, kill
-           <==Preloaded, Spawned, SpawnFailed, Exited, Gone==      < Reaper < SIGCHLD
-           <==Output, Told==                                       < LogPipes < 1 and 2, Dumps
-    driver's pidfd readable, or end of file ---------------------> everything is killed, at once
+    driver ==Launch==> Line > Launcher > Starter > fork ==Preloaded, Spawned, SpawnFailed==> driver
+           ==Signal, Finish==>         > Reaper > kill  ==Exited, Gone==>
+           ==Ask==>                    > Dumps          ==Told==>
+           ==Shown==>                  > LogPipes       ==Output==>
+    driver's pidfd readable, or end of file > everything is killed, at once
 
 It sleeps in one poll and has one thread, so it can fork, and "the parent's thread has ended"
 (which fires PR_SET_PDEATHSIG) means "the launcher has ended". It runs no code of the user's but
@@ -16,47 +17,28 @@ are read one at a time with a look at all the others between.
 
 from __future__ import annotations
 
-import gc
 import os
-import select
 import sys
 import time
 from _socket import AF_UNIX, SOCK_STREAM, socket
-from contextlib import suppress
 
-from rankwise import _preload, _procfs, _spawn
+from rankwise import _spawn
 from rankwise._deadline import clock
 from rankwise._dump import Dumps
+from rankwise._line import DriverGone, Line, poll_of
 from rankwise._log_pipes import LogPipes
-from rankwise._messages import (
-    Ask,
-    Dying,
-    Exited,
-    Finish,
-    Gone,
-    Launch,
-    Output,
-    Preloaded,
-    Shown,
-    Signal,
-    Spawned,
-    SpawnFailed,
-)
+from rankwise._messages import Ask, Dying, Exited, Finish, Gone, Launch, Output, Shown, Signal
 from rankwise._reaper import ChildSignal, Reaper
 from rankwise._spawn import BecomeWorker, Child
+from rankwise._starting import Starter
 from rankwise.wire.control import ControlChannel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Final, NoReturn
+    from typing import Final, NoReturn
 
 # A driver that waits for the end hears this often that the launcher is alive.
 _DYING_EVERY: Final = 0.25
-_IN: Final = select.POLLIN
-
-
-class DriverGone(Exception):
-    """The driver has ended: nobody is left to serve or to tell."""
 
 
 def main() -> None:
@@ -89,24 +71,17 @@ class Launcher:
     """The loop. `run` ends in os._exit, or in BecomeWorker in a forked rank."""
 
     def __init__(self, control: ControlChannel, driver: int, grants: int) -> None:
-        self._control = control
-        self._driver = driver
-        self._grants = grants
-        self._ours = [driver] if grants < 0 else [driver, grants]
-        self._shared: _preload.Shared | None = None  # what was imported to be forked
-        self._stay = False  # when the ranks are gone, for others
         self._reaper = Reaper(self._last_words, self._ended)
         self._pipes = LogPipes(self._output)
-        self._dumps = Dumps(self._say)
-        self._starting: dict[int, Child] = {}  # by the descriptor that tells of exec
-        self._children: list[Child] = []
-        self._finishing = False
-        self._nofile = _spawn.prepare_parent()
         self._wake = ChildSignal()
-        self._poll = _poll_of(self._control, self._driver, self._wake, self._pipes)
-        # Not select.select, here or below: it takes no descriptor above 1023, and the driver that
-        # has given us these may have many.
-        self._driver_poll = _poll_of(self._driver)
+        self._poll = poll_of(self._wake, self._pipes)
+        self._line = Line(control, driver, self._poll)
+        self._dumps = Dumps(self._line.say)
+        self._starter = Starter(
+            self._line, self._poll, self._reaper, self._pipes, self._wake, grants
+        )
+        self._finishing = False
+        self._stay = False  # when the ranks are gone, for others
         self._told_dying = 0.0
 
     def run(self) -> NoReturn:
@@ -143,16 +118,16 @@ class Launcher:
     def _turn(self, timeout: float | None) -> None:
         """Wait for news, `timeout` milliseconds at most, and deal with all but the log pipes."""
         events = dict(self._poll.poll(timeout))
-        if self._driver in events:
+        if self._line.driver in events:
             raise DriverGone
         if self._wake.fileno() in events:
             self._reap()
-        for fd in events.keys() & self._starting.keys():
-            self._started(fd)
-        if events.get(self._control.fileno(), 0) & ~select.POLLOUT:
+        for fd in events.keys() & self._starter.starting.keys():
+            self._starter.started(fd)
+        if self._line.readable(events):
             self._hear()
         self._dumps.look()
-        self._flush()
+        self._line.flush()
 
     def _read_logs(self) -> None:
         for fd in self._pipes.ready():
@@ -161,24 +136,12 @@ class Launcher:
             if self._finishing:
                 break
 
-    def _flush(self) -> None:
-        if self._control.backlog:
-            sent = self._control.flush()
-            self._poll.modify(self._control.fileno(), _IN if sent else _IN | select.POLLOUT)
-
-    def _say(self, message: object) -> None:
-        # Urgent: ahead of all log lines, and in order among themselves.
-        self._control.send(message, urgent=True)
-
     def _hear(self) -> None:
-        try:
-            messages = self._control.receive()
-        except EOFError:
-            raise DriverGone from None
+        messages = self._line.receive()
         while messages:
             message = messages.pop(0)
             if isinstance(message, Launch):
-                self._launch(message, messages)
+                self._starter.launch(message, messages)
             elif isinstance(message, Signal):
                 self._reaper.signal(message.ranks, message.number)
             elif isinstance(message, Ask):
@@ -189,155 +152,46 @@ class Launcher:
                 self._finishing = True
                 self._stay = message.stay
 
-    # -- starting -----------------------------------------------------------------------------
-
-    def _launch(self, launch: Launch, unheard: list[object]) -> None:
-        size = len(launch.worker_fds)
-        if launch.granted:
-            try:
-                fds = _preload.receive_granted(self._grants, size + 1)
-            except OSError as error:
-                for rank in range(size):
-                    self._say(SpawnFailed(rank, str(error)))
-                return
-            *launch.worker_fds, launch.status_fd = fds
-        for fd in (*launch.worker_fds, launch.status_fd):
-            os.set_inheritable(fd, False)
-        self._pipes.begin(launch)
-        forks = launch.start_method == "forkserver"
-        if forks and not self._preload(launch, unheard):
-            return
-        for rank in range(size):
-            child = Child(launch.name, rank, raw=launch.mode != "prefix")
-            try:
-                become = (lambda rank: self._become(launch, rank)) if forks else None
-                _spawn.start(launch, child, self._nofile, become)
-            except OSError as error:
-                self._say(SpawnFailed(rank, str(error)))
-                continue
-            self._children.append(child)
-            self._reaper.alive[child.pid] = child
-            process = _procfs.stat(child.pid)
-            self._say(Spawned(rank, child.pid, process.starttime if process else 0))
-            self._pipes.add(child)
-            self._starting[child.failure] = child
-            self._poll.register(child.failure, _IN)
-            self._flush()
-            self._look_for_driver()
-
-    def _preload(self, launch: Launch, unheard: list[object]) -> bool:
-        """Import what is to be shared. False if no rank is to be started from here."""
-        if self._shared is not None:
-            self._shared.adapt(launch)
-            return True
-        try:
-            self._shared = _preload.share(launch, self._control.fileno(), self._driver)
-        except _preload.PreloadFailed as error:
-            for rank, fd in enumerate(launch.worker_fds):
-                os.close(fd)
-                self._say(SpawnFailed(rank, str(error)))
-            return False
-        finally:
-            self._wake.arm()  # an imported module may have had other ideas
-        self._say(Preloaded(self._shared.seconds, self._shared.refused))
-        if self._shared.refused is not None:
-            self._flush_all()
-            _spawn.limit_descriptors(self._nofile)
-            _preload.start_anew(self._control, self._driver, launch, unheard)
-        # Imported once for all; what is frozen is not touched by the ranks' collectors, so its
-        # pages stay shared.
-        import rankwise._worker  # noqa: F401
-
-        self._reaper.spare_children()
-        _spawn.flush_standard_streams()
-        gc.freeze()
-        return True
-
-    def _become(self, launch: Launch, rank: int) -> None:
-        """In a forked rank: let go of everything that is the launcher's, by close alone."""
-        self._pipes.close()
-        self._control.close()
-        self._wake.close()
-        for child in self._children:
-            child.close()
-        for fd in (*self._ours, *launch.worker_fds[rank + 1 :]):
-            os.close(fd)
-        _preload.become(launch.name, rank, launch.environments[rank])
-
-    def _started(self, fd: int) -> None:
-        """A rank has exec'ed, or tells why it has not."""
-        child = self._starting.pop(fd)
-        self._poll.unregister(fd)
-        if reason := child.failed_before_exec():
-            self._say(SpawnFailed(child.rank, reason))
-
     # -- ends ---------------------------------------------------------------------------------
 
     def _reap(self) -> None:
         self._wake.clear()
-        # When no child is left it is still the driver who says that this is the end.
-        with suppress(ChildProcessError):
+        try:
             while self._reaper.reap():
-                self._flush()
-                self._look_for_driver()
+                self._line.flush()
+                self._line.look()
+        except ChildProcessError:
+            pass  # no child is left: it is still the driver who says that this is the end
 
     def _last_words(self, child: Child) -> None:
         if child.failure >= 0:
-            self._started(child.failure)
+            self._starter.started(child.failure)
         self._pipes.drain(child)
 
     def _ended(self, child: Child, report: Exited) -> None:
-        self._say(report)
+        self._line.say(report)
         self._dumps.ended(child)
         os.close(child.crash)
         child.crash = -1
 
     def _output(self, stream: int, data: bytes) -> None:
-        self._control.send(Output(stream, data))
-
-    def _look_for_driver(self) -> None:
-        """Between two things that take milliseconds: has the driver ended?"""
-        if self._driver_poll.poll(0):
-            raise DriverGone
+        self._line.control.send(Output(stream, data))
 
     def _finish(self) -> bool:
         """End the ranks. Returns whether the launcher stays, for others."""
         self._told_dying = clock()
         left = self._reaper.end(self._wait_for_ends)
         self._pipes.finish()
-        # It must be as it was when it was found fit to fork; a module's own child is gone now.
-        stay = (
-            self._stay
-            and self._shared is not None
-            and not left
-            and self._reaper.spared_none()
-            and _preload.why_not_fork() is None
-        )
-        self._children.clear()
-        self._control.send(Gone(left, stay))
-        self._flush_all()
+        stay = self._stay and not left and self._starter.may_stay()
+        self._line.control.send(Gone(left, stay))
+        self._line.flush_all()
         return stay
 
     def _wait_for_ends(self) -> None:
         now = clock()
         if now > self._told_dying + _DYING_EVERY:
             self._told_dying = now
-            self._say(Dying(tuple(child.rank for child in self._reaper.alive.values())))
-        self._flush()
-        _poll_of(self._wake).poll(20)
+            self._line.say(Dying(tuple(child.rank for child in self._reaper.alive.values())))
+        self._line.flush()
+        poll_of(self._wake).poll(20)
         self._wake.clear()
-
-    def _flush_all(self) -> None:
-        """Send all that is queued, however long the driver takes to read it, unless it ends."""
-        poll = _poll_of(self._driver)
-        poll.register(self._control.fileno(), select.POLLOUT)
-        while not self._control.flush():
-            if self._driver in dict(poll.poll()):
-                raise DriverGone
-
-
-def _poll_of(*fds: Any) -> select.poll:
-    poll = select.poll()
-    for fd in fds:
-        poll.register(fd, _IN)
-    return poll

@@ -14,7 +14,6 @@ import os
 import select
 import sys
 from _socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_CTRUNC, SOCK_STREAM, socket
-from contextlib import suppress
 from errno import EMFILE
 from struct import Struct
 
@@ -157,9 +156,11 @@ def _post_sentry(control: int, driver: int) -> int:
 
 def _dismiss(sentry: int) -> None:
     # A preloaded module may ignore SIGCHLD, or have waited for any child.
-    with suppress(ProcessLookupError, ChildProcessError):
+    try:
         os.kill(sentry, SIGKILL)
         os.waitpid(sentry, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
 
 
 def start_anew(
@@ -175,8 +176,10 @@ def start_anew(
     os.write(rest, b"".join(map(frame, (launch, *unheard))) + control.unheard())
     kept = {control.fileno(), driver, launch.status_fd, *launch.worker_fds, rest, 0, 1, 2}
     for fd in map(int, os.listdir("/proc/self/fd")):
-        with suppress(OSError):  # the directory that was listed
+        try:
             os.set_inheritable(fd, fd in kept)
+        except OSError:
+            pass  # the directory that was listed
     python = launch.python[0]
     numbers = map(str, (control.fileno(), driver, -1, rest))
     os.execv(python, [python, "-I", "-S", "-c", LAUNCHER, launch.root, launch.name, *numbers])
@@ -269,5 +272,7 @@ def _kill_all_of(launcher: int) -> None:
     me = os.getpid()
     for pid in (*_procfs.descendants(launcher), launcher):
         if pid != me:
-            with suppress(OSError):
+            try:
                 os.kill(pid, SIGKILL)
+            except OSError:
+                pass

@@ -11,7 +11,6 @@ session or group it has made for itself; so "no child left" is "nothing left".
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 
 from rankwise import _procfs
 from rankwise._deadline import clock
@@ -52,9 +51,11 @@ class ChildSignal:
         return self._read
 
     def clear(self) -> None:
-        with suppress(BlockingIOError):
+        try:
             while os.read(self._read, 4096):
                 pass
+        except BlockingIOError:
+            pass
 
     def close(self) -> None:
         """In a forked rank, which has left the handler behind already."""
@@ -123,8 +124,10 @@ class Reaper:
         if number == SIGKILL:
             self._note_kill(chosen)
         for child in chosen:
-            with suppress(OSError):  # no such signal; or it has ended: its report is on its way
+            try:
                 os.killpg(child.pid, number)
+            except OSError:
+                pass  # no such signal; or it has ended: its report is on its way
 
     def end(self, wait: Callable[[], object], *, silent: bool = False) -> tuple[int, ...]:
         """SIGKILL every rank and descendant, and reap them. Returns the pids of those that the
@@ -194,21 +197,27 @@ def _rank_of(pid: int) -> str | None:
 
 
 def _kill_group(pid: int) -> None:
-    with suppress(OSError):  # just forked and not in it yet, or it has moved to another
+    try:
         os.killpg(pid, SIGKILL)
+    except OSError:
+        pass  # just forked and not in it yet, or it has moved to another
     _kill(pid)
 
 
 def _kill_descendants() -> None:
     # Out of descriptors, of memory: the next round has what the dead have given back.
-    with suppress(OSError, MemoryError):
+    try:
         for pid in _procfs.descendants(os.getpid()):
             _kill(pid)
+    except (OSError, MemoryError):
+        pass
 
 
 def _kill(pid: int) -> None:
-    with suppress(OSError):
+    try:
         os.kill(pid, SIGKILL)
+    except OSError:
+        pass
 
 
 def _crash_report(child: Child) -> str | None:

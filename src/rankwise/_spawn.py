@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import sys
 from _ctypes import call_function, dlopen, dlsym  # `ctypes` itself takes 2 ms
-from contextlib import suppress
 from fcntl import F_SETPIPE_SZ, fcntl, ioctl
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
@@ -142,8 +141,10 @@ def start(
     # this rank's end of file from the driver.
     _close(*theirs, call)
     # Also done by the child. Whoever comes first: the group must exist before it is killed.
-    with suppress(OSError):  # it has done it and has exec'ed since, or is dead
+    try:
         os.setpgid(pid, pid)
+    except OSError:
+        pass  # it has done it and has exec'ed since, or is dead
 
 
 def _be_the_rank(
@@ -210,18 +211,24 @@ def prepare_parent() -> tuple[int, int]:
 def _leave_terminal() -> None:
     """Have no controlling terminal, and so none of our descendants. We are in a background group of
     the driver's session: who read from its terminal there would be stopped, and hang its caller."""
-    with suppress(OSError):  # there is none
+    try:
         tty = os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY)
-        try:
-            ioctl(tty, _TIOCNOTTY)
-        finally:
-            os.close(tty)
+    except OSError:
+        return  # there is none
+    try:
+        ioctl(tty, _TIOCNOTTY)
+    except OSError:
+        pass
+    finally:
+        os.close(tty)
 
 
 def limit_descriptors(nofile: tuple[int, int]) -> None:
     # The launcher needs four a rank; where more are refused, the usual 1024 do for most groups.
-    with suppress(OSError, ValueError):
+    try:
         setrlimit(RLIMIT_NOFILE, nofile)
+    except (OSError, ValueError):
+        pass
 
 
 def die_with(parent: int) -> None:
@@ -255,8 +262,10 @@ def open_standard_descriptors() -> None:
 def flush_standard_streams() -> None:
     """What is buffered now would be written by every forked child again."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, OSError, ValueError):
+        try:
             stream.flush()
+        except (AttributeError, OSError, ValueError):
+            pass
 
 
 def _close(*fds: int) -> None:
@@ -265,5 +274,7 @@ def _close(*fds: int) -> None:
 
 
 def _enlarge(pipe: int, world_size: int) -> None:
-    with suppress(OSError):  # over the user's limit: it stays as it is
+    try:
         fcntl(pipe, F_SETPIPE_SZ, min(_PIPE, _ALL_PIPES // (2 * world_size)))
+    except OSError:
+        pass  # over the user's limit: it stays as it is

@@ -42,7 +42,8 @@ LAYERS = (
     ("what a wait is for", "_report"),
     ("calls", "_background", "_calls", "_shielded", "_slow"),
     ("the launcher", "_launcher"),
-    ("its parts", "_dump", "_preload", "_reaper", "_log_pipes"),
+    ("how it starts ranks", "_starting"),
+    ("its parts", "_dump", "_line", "_preload", "_reaper", "_log_pipes"),
     ("making a process", "_spawn"),
     ("the worker", "_worker"),
     ("user code, as a value, and the end", "_outcome", "_methods", "_context", "_exit"),
@@ -84,9 +85,13 @@ CHILDREN = {
         "wire.worker_channel",
     },
     "_launcher": {
-        "_deadline", "_dump", "_log_pipes", "_messages", "_preload", "_procfs", "_reaper", "_spawn",
+        "_deadline", "_dump", "_line", "_log_pipes", "_messages", "_reaper", "_spawn", "_starting",
         "_worker", "wire.control",
     },
+    "_starting": {
+        "_line", "_messages", "_preload", "_procfs", "_spawn", "_worker",
+    },
+    "_line": set(),
     "_preload": {"_deadline", "_procfs", "_spawn", "wire.control"},
     "_dump": {"_deadline", "_messages", "_procfs"},
     "_reaper": {"_deadline", "_messages", "_procfs", "_spawn"},
@@ -104,10 +109,11 @@ OTHERS = {
     "torch": ["torch", "compat._vllm_environment", "wire.gpu", "wire.tensors"],
 }
 
-# 5 ms or more each, or thread starters; a rank and its launcher do without until they need them.
+# A millisecond or more each, or thread starters; a rank and its launcher do without until they need
+# them.
 HEAVY = (
-    "asyncio", "concurrent.futures", "dataclasses", "enum", "inspect", "logging", "multiprocessing",
-    "pickle", "re", "socket", "subprocess", "typing",
+    "asyncio", "concurrent.futures", "contextlib", "dataclasses", "enum", "inspect", "logging",
+    "multiprocessing", "pickle", "re", "socket", "subprocess", "typing",
 )  # fmt: skip
 FOREIGN = ("cloudpickle", "numpy", "ray", "torch")
 
