@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from rankwise._checks import check_hash_seeds, check_variables, is_hash_seed
 from rankwise._procfs import cgroup_directories, read_integers
@@ -128,10 +129,7 @@ def rank_cpus(spec: GroupSpec, allowed: Iterable[int]) -> list[tuple[int, ...]] 
         return None if spec.cpus is None else list(spec.cpus)
     all_, ranks = sorted(allowed), spec.world_size
     cuts = [rank * len(all_) // ranks for rank in range(ranks + 1)]
-    return [
-        tuple(all_[begin : max(end, begin + 1)])
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
-    ]
+    return [tuple(all_[begin : max(end, begin + 1)]) for begin, end in pairwise(cuts)]
 
 
 def cpu_budget(root: str = "/") -> int:

@@ -4,7 +4,7 @@
               |                                                                  ^
               `> the rank's side, one step at a time:                            | what failed, as
                  own process group > dies with its parent > descriptors 1 and 2  | text, on a pipe
-                 > signals > CPUs, limits                                           ===' that exec closes
+                 > signals > CPUs, limits                                   ===' that exec closes
                    > exec of BOOT    spawned: a fresh interpreter
                    > BecomeWorker    forked: leaves the launcher's loop, keeps what it imported
 
