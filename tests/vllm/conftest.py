@@ -81,7 +81,8 @@ class Drive:
 
     def named(self, name: str) -> psutil.Process:
         """The one whose command or name has `name` in it."""
-        (found,) = [one for one in self.processes() if name in (one.name(), _title(one))]
+        below = self.processes()[1:]
+        (found,) = [one for one in below if name in one.name() or name in _title(one)]
         return found
 
     def wait(self, timeout: float = 60) -> int:

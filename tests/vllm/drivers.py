@@ -12,16 +12,7 @@ import sys
 import time
 from typing import Any
 
-PROMPTS = [
-    "Beautiful is better than",
-    "Explicit is better",
-    "Errors should never pass",
-    "In the face of ambiguity",
-    "Now is better than",
-    "Namespaces are one",
-    "Special cases aren't",
-    "If the implementation is hard",
-]
+from checkpoint import PROMPTS
 
 
 def tell(name: str, value: Any = None) -> None:
