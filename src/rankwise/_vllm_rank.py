@@ -7,7 +7,6 @@ all else > vLLM's worker
 
 from __future__ import annotations
 
-import gc
 import time
 from typing import Any
 
@@ -88,4 +87,3 @@ class Rank(WorkerWrapperBase):  # type: ignore[misc]  # vLLM is not there when t
         self.shutdown()
         destroy_model_parallel()
         destroy_distributed_environment()
-        gc.freeze()  # a last collection would go through 600,000 objects, which takes two seconds
