@@ -4,7 +4,7 @@
 
 4 layers x 256, 8 heads (4 of keys), bf16. The sums of a step differ in their last bits with the
 number of ranks. With random weights the largest logit hangs on these; with a text known by heart it
-stands out, and only if attention is right, in every layer and on every rank. It takes minutes, once.
+stands out, and only if attention is right, in every layer and on every rank. Minutes, once.
 """
 
 from __future__ import annotations
