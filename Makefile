@@ -12,16 +12,18 @@ TEST := test$(if $(filter 0,$(TORCH)),,$(comma)test-torch)
 N ?= 50
 SECONDS ?= 600
 
-.PHONY: help demo test check bench bench-peers bench-bounds soak repeat clean
+.PHONY: help demo test test-vllm check bench bench-peers bench-bounds bench-vllm soak repeat clean
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    a real transformer, split over worker processes, writes a text"
 	@echo "make test    all tests"
+	@echo "make test-vllm    vLLM itself on rankwise, in an environment of its own (4 GB)"
 	@echo "make check   lint, types, import rules, unit and contract tests: what to run before a commit"
 	@echo "make bench   what a call costs, beside the floor and the alternatives; plots in docs/benchmarks"
 	@echo "make bench-peers   install the alternatives that are not in the standard library"
 	@echo "make bench-bounds  how soon deaths are told and all is gone, beside the bounds; docs/faults.md"
+	@echo "make bench-vllm   vLLM on rankwise, beside its own executor; figures in docs/benchmarks"
 	@echo "make soak    random calls against random faults for SECONDS=$(SECONDS)"
 	@echo "make repeat  the process and fault tests N=$(N) times, until one fails"
 	@echo "make clean   remove .venv and all caches"
@@ -33,6 +35,10 @@ demo:
 test:
 	$(INSTALL) $(TEST)
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-vllm:
+	@PYTHON="$(PYTHON)" sh scripts/install-vllm
+	@.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
 
 # The import rules are tests/unit/test_imports.py; mypy's --strict is in pyproject.toml.
 check:
@@ -54,6 +60,9 @@ bench-bounds:
 	$(INSTALL) bench
 	@$(BIN)/python benchmarks/bounds.py --out docs/benchmarks $(ARGS)
 	@$(BIN)/python scripts/faults_page.py > docs/faults.md
+bench-vllm:
+	@PYTHON="$(PYTHON)" sh scripts/install-vllm
+	@.venv-vllm/bin/python benchmarks/vllm_bench.py --out docs/benchmarks $(ARGS)
 
 soak:
 	$(INSTALL) $(TEST)
@@ -68,5 +77,5 @@ repeat:
 	done
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-vllm .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

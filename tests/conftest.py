@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 from outer_limit import DEFAULT, OuterLimit
@@ -32,6 +33,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(config.stash[OUTER])
     config.stash[ALLOWED] = set()
     leaks.mark(os.environ)
+
+
+VLLM = Path(__file__).parent / "vllm"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """vLLM's tests have an environment of their own, and take long: only where they are named."""
+    if collection_path == VLLM:
+        return None if any("vllm" in arg for arg in config.args) else True
+    return None
 
 
 def pytest_sessionstart() -> None:

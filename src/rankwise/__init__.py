@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rankwise._future import GroupFuture
     from rankwise._group import WorkerGroup
     from rankwise._health import RankHealth
+    from rankwise._late import Late
     from rankwise._rankinfo import RankInfo
     from rankwise._restart import Restart
     from rankwise._spec import per_rank
@@ -40,6 +41,7 @@ _HOMES = {
     "GroupBroken": "errors",
     "GroupClosed": "errors",
     "GroupFuture": "_future",
+    "Late": "_late",
     "RankHealth": "_health",
     "RankInfo": "_rankinfo",
     "RankStack": "_stacks",
@@ -63,6 +65,7 @@ __all__ = [
     "GroupBroken",
     "GroupClosed",
     "GroupFuture",
+    "Late",
     "RankHealth",
     "RankInfo",
     "RankStack",

@@ -10,7 +10,8 @@ Nothing here reads or writes ``os.environ``.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from rankwise._checks import check_hash_seeds, check_variables, is_hash_seed
 from rankwise._procfs import cgroup_directories, read_integers
@@ -70,6 +71,7 @@ def rank_environments(
     *,
     hash_seed: int,
     budget: int,
+    cpus: Sequence[Sequence[int]] | None = None,
 ) -> list[dict[str, str]]:
     """The whole environment of each rank in ``infos``, in their order.
 
@@ -77,6 +79,7 @@ def rank_environments(
     hash_seed: PYTHONHASHSEED for all of them (0 to 2**32 - 1), where neither the user's ``env``
         nor ``base`` has a number there.
     budget: how many CPUs the ranks of one node share under ``threads="auto"``; see ``cpu_budget``.
+    cpus: those that each rank is confined to, which are then its own; see ``rank_cpus``.
 
     Calls the user's ``env``, where it is a function, once a rank; what that raises passes through,
     with a note that names the rank. TypeError or ValueError for what it must not return, ValueError
@@ -92,7 +95,11 @@ def rank_environments(
     return [
         inherited
         | _visibility(spec, info, base)
-        | _thread_limits(spec, info, inherited | own[info.rank], budget)
+        | _thread_limits(
+            spec,
+            inherited | own[info.rank],
+            budget // info.local_world_size if cpus is None else len(cpus[info.rank]),
+        )
         | own[info.rank]
         | _rank_variables(info)
         | {"PYTHONHASHSEED": _hash_seed(inherited | own[info.rank], hash_seed)}
@@ -110,6 +117,19 @@ def common_environment(environments: Sequence[Mapping[str, str]]) -> dict[str, s
         for name, value in first.items()
         if all(other.get(name) == value for other in others)
     }
+
+
+def rank_cpus(spec: GroupSpec, allowed: Iterable[int]) -> list[tuple[int, ...]] | None:
+    """The CPUs that each rank is confined to; None where it is to none.
+
+    allowed: those of the driver. They are split in order, neighbours to one rank, for they share a
+    cache or a NUMA node; where there are fewer than ranks, ranks have one, and share it.
+    """
+    if spec.cpus is None or not isinstance(spec.cpus, str):
+        return None if spec.cpus is None else list(spec.cpus)
+    all_, ranks = sorted(allowed), spec.world_size
+    cuts = [rank * len(all_) // ranks for rank in range(ranks + 1)]
+    return [tuple(all_[begin : max(end, begin + 1)]) for begin, end in pairwise(cuts)]
 
 
 def cpu_budget(root: str = "/") -> int:
@@ -152,9 +172,7 @@ def _hash_seed(variables: Mapping[str, str], otherwise: int) -> str:
     return seed if is_hash_seed(seed) else str(otherwise)
 
 
-def _thread_limits(
-    spec: GroupSpec, info: RankInfo, users: Mapping[str, str], budget: int
-) -> dict[str, str]:
+def _thread_limits(spec: GroupSpec, users: Mapping[str, str], share: int) -> dict[str, str]:
     if spec.threads is None:
         return {}
     if isinstance(spec.threads, int):
@@ -163,7 +181,7 @@ def _thread_limits(
         # MKL and OpenBLAS follow it where their own variable is missing, and would not if we set
         # theirs: torch takes MKL's number before OpenMP's.
         return {}
-    fair_share = str(max(1, budget // info.local_world_size))
+    fair_share = str(max(1, share))
     return {name: fair_share for name in THREAD_VARIABLES if not users.get(name)}
 
 

@@ -26,7 +26,7 @@ from rankwise.errors import GroupBroken
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Any, Self
 
@@ -54,6 +54,8 @@ class WorkerGroup(ManyView):
     devices: None leaves visibility alone; "shared": all stay visible, `worker_info().device` is the
         local rank; "isolated": one visible device a rank; a list of indices or UUIDs: one a rank.
     threads: "auto" (CPUs of this process // ranks), an int, or None: for OMP, MKL, OpenBLAS, torch.
+    cpus: None leaves each rank all CPUs of this process; "split": each has a share of its own; a
+        list of lists of CPU numbers: one a rank. threads="auto" is then as many.
     start_method: "spawn", or "forkserver": forked from a launcher that has imported `preload`, or
         spawned, with the reason logged, where it is not clean after that.
     preload: names of modules, for "forkserver".
@@ -83,6 +85,7 @@ class WorkerGroup(ManyView):
         env: Env | None = None,
         devices: str | Sequence[int | str] | None = None,
         threads: int | str | None = "auto",
+        cpus: str | Sequence[Collection[int]] | None = None,
         start_method: str = "spawn",
         preload: Sequence[str] = (),
         start_timeout: float | None = None,
@@ -101,6 +104,7 @@ class WorkerGroup(ManyView):
             env=env,
             devices=devices,
             threads=threads,
+            cpus=cpus,
             start_method=start_method,
             preload=preload,
             start_timeout=start_timeout,

@@ -25,7 +25,7 @@ from rankwise._calls import Garbled
 from rankwise._deadline import clock
 from rankwise._lookout import Lookout, Sight
 from rankwise._pump import NEVER, TICK
-from rankwise._status import DONE, POLLS
+from rankwise._status import DONE, LATE, POLLS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -160,8 +160,10 @@ class Keeper:
         unread = sockets.unread_there(rank)
         still = sleep & 1 and sleep == ranks.word(rank, POLLS)
         finished = ranks.word(rank, DONE) >= call.id
+        # After these: a call whose answer is late was counted before the rank slept or went on.
+        late = ranks.word(rank, LATE)
         # Last: an answer that was written before the page said so is in this socket, or was.
         return Sight(
-            rank, call.id, call.method, bool(still and not unread), finished,
-            sockets.unread_here(rank),
+            rank, call.id, call.method, bool(still and not unread and not late),
+            finished and not late, sockets.unread_here(rank),
         )  # fmt: skip

@@ -57,7 +57,7 @@ class Launch:
     """
 
     __slots__ = (
-        "color", "environments", "granted", "mode", "name", "preload", "python", "root",
+        "color", "cpus", "environments", "granted", "mode", "name", "preload", "python", "root",
         "start_method", "status_fd", "sys_path", "worker_fds",
     )  # fmt: skip
 
@@ -76,6 +76,7 @@ class Launch:
         preload: tuple[str, ...],
         mode: str,
         color: bool,
+        cpus: list[tuple[int, ...]] | None = None,
     ) -> None:
         self.name = name
         self.start_method = start_method  # "spawn" or "forkserver"
@@ -89,6 +90,7 @@ class Launch:
         self.preload = preload
         self.mode = mode  # "prefix", "inherit" or "off"
         self.color = color
+        self.cpus = cpus  # where each rank may run; None: where the driver may
 
 
 class Signal:

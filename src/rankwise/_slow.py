@@ -29,8 +29,9 @@ class SlowCalls:
     """What one group has taken long over."""
 
     def __init__(self) -> None:
-        self._since: dict[Call, float] = {}  # when it was first seen at the head of a rank
-        self._limits: dict[Call, float] = {}
+        # By id: nobody but its caller is to keep a call, whose answers may be gigabytes.
+        self._since: dict[int, tuple[float, str]] = {}  # when first seen at a rank's head, method
+        self._limits: dict[int, float] = {}
         self._longest: dict[str, float] = {}  # method -> seconds
 
     def look(self, owed: Iterable[Call], now: float) -> list[tuple[Call, float]]:
@@ -39,21 +40,23 @@ class SlowCalls:
         owed: the oldest call that each rank owes.
         """
         open_calls = {
-            call: None for call in owed if call.slow is None and call.kind == CALL and not call.done
+            call.id: call
+            for call in owed
+            if call.slow is None and call.kind == CALL and not call.done
         }
-        for call in self._since.keys() - open_calls.keys():
-            took = now - self._since.pop(call)
-            if self._limits.pop(call, 0.0) == _TOLD and len(self._longest) < _METHODS:
-                self._longest[call.method] = max(took, self._longest.get(call.method, 0.0))
+        for number in self._since.keys() - open_calls.keys():
+            since, method = self._since.pop(number)
+            if self._limits.pop(number, 0.0) == _TOLD and len(self._longest) < _METHODS:
+                self._longest[method] = max(now - since, self._longest.get(method, 0.0))
         slow = []
-        for call in open_calls:
-            since = self._since.setdefault(call, now)
-            limit = self._limits.get(call)
+        for number, call in open_calls.items():
+            since, _ = self._since.setdefault(number, (now, call.method))
+            limit = self._limits.get(number)
             if limit is None:
                 limit = max(SLOW_AFTER, 2 * self._longest.get(call.method, 0.0))
-                self._limits[call] = limit
+                self._limits[number] = limit
             if now >= since + limit:
-                self._limits[call] = _TOLD
+                self._limits[number] = _TOLD
                 slow.append((call, limit))
         return slow
 

@@ -4,7 +4,7 @@
               |                                                                  ^
               `> the rank's side, one step at a time:                            | what failed, as
                  own process group > dies with its parent > descriptors 1 and 2  | text, on a pipe
-                 > signals > limits                                           ===' that exec closes
+                 > signals > CPUs, limits                                   ===' that exec closes
                    > exec of BOOT    spawned: a fresh interpreter
                    > BecomeWorker    forked: leaves the launcher's loop, keeps what it imported
 
@@ -169,6 +169,9 @@ def _be_the_rank(
         _signal.set_wakeup_fd(-1)
         _signal.pthread_sigmask(_signal.SIG_SETMASK, ())
         _signal.signal(_signal.SIGCHLD, _signal.SIG_DFL)
+        if launch.cpus is not None:
+            step = f"sched_setaffinity to CPUs {launch.cpus[child.rank]}"
+            os.sched_setaffinity(0, launch.cpus[child.rank])
         step = "setrlimit"
         limit_descriptors(nofile)
         if become is not None:

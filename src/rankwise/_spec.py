@@ -7,7 +7,7 @@ returns a ``GroupSpec`` that everything behind it may believe.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -74,6 +74,7 @@ class GroupSpec:
     env: tuple[dict[str, str], ...] | Callable[[RankInfo], object] = field(repr=False)
     devices: str | tuple[int | str, ...] | None
     threads: int | str | None
+    cpus: str | tuple[tuple[int, ...], ...] | None
     start_method: str
     preload: tuple[str, ...]
     start_timeout: float | None  # seconds
@@ -95,6 +96,7 @@ def check_spec(
     env: object = None,
     devices: object = None,
     threads: object = "auto",
+    cpus: object = None,
     start_method: object = "spawn",
     preload: object = (),
     start_timeout: object = None,
@@ -126,6 +128,7 @@ def check_spec(
         env=_check_env(env, size, reserved_variables(checked_devices, checked_threads)),
         devices=checked_devices,
         threads=checked_threads,
+        cpus=_check_cpus(cpus, size),
         start_method=_check_start_method(start_method),
         preload=_check_preload(preload),
         start_timeout=_check_start_timeout(start_timeout),
@@ -256,6 +259,24 @@ def _check_threads(value: object) -> int | str | None:
     return None if value is None else at_least(1, "threads", right, value)
 
 
+def _check_cpus(value: object, size: int) -> str | tuple[tuple[int, ...], ...] | None:
+    right = "None, 'split' or a list of lists of CPU numbers, one a rank"
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return choice("cpus", ("split",), value, right)
+    if not is_list(value):
+        raise wrong_type("cpus", right, value)
+    entries = one_a_rank("cpus", value, size)
+    for rank, entry in enumerate(entries):
+        if not isinstance(entry, Collection) or isinstance(entry, str) or not entry:
+            raise wrong_value(f"cpus[{rank}]", "one CPU's number or more, in a list or set", entry)
+    return tuple(
+        tuple(at_least(0, f"a CPU in cpus[{rank}]", "its number", cpu) for cpu in sorted(entry))
+        for rank, entry in enumerate(entries)
+    )
+
+
 def _check_start_method(value: object) -> str:
     if isinstance(value, str) and value == "fork":
         raise ValueError(
@@ -294,6 +315,7 @@ def _check_inline(spec: GroupSpec, env: object) -> None:
         ("env", None if env is None else ..., (None,)),  # its values are not shown
         ("devices", spec.devices, (None,)),
         ("threads", spec.threads, ("auto", None)),
+        ("cpus", spec.cpus, (None,)),
         ("logs", spec.logs, ("prefix",)),
         ("start_method", spec.start_method, ("spawn",)),
         ("preload", spec.preload, ((),)),

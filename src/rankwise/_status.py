@@ -1,7 +1,7 @@
 """The status page: 4 KB of shared memory a rank, which says what the rank is doing right now.
 
     worker writes   phase, the call it runs and since when, the last call it finished, and
-                    whether it sleeps until bytes come
+                    whether it sleeps until bytes come, and how many late answers it owes
     driver writes   the ids of cancelled calls that are under way (a ring), and the rank's BELL
     news page       a line a rank, where that rank writes how many answers it has sent
 
@@ -40,6 +40,7 @@ SINCE: Final = 2  # when that began, CLOCK_MONOTONIC in nanoseconds
 DONE: Final = 3  # the last call whose answer has been written
 PORT: Final = 4  # rank 0: round << 16 | port of the rendezvous store that it listens on
 NEXT_CANCEL: Final = 5
+LATE: Final = 6  # how many answers its second thread owes
 BELL: Final = 4 * LINE  # how many frames the driver has begun to send to the rank
 POLLS: Final = 8  # odd while the rank sleeps until bytes come; each sleep has its own number
 CANCELLED: Final = 256  # a ring of 256 ids: more than are ever under way to one rank

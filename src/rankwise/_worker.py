@@ -19,6 +19,7 @@ from types import CoroutineType as coroutine
 
 from rankwise import _context
 from rankwise._exit import end_process
+from rankwise._late import Late, LateAnswers
 from rankwise._messages import (
     ACK,
     BOOT,
@@ -91,6 +92,9 @@ def serve(
     worker, place = made
     arena = channel.arena
     receive = channel.receive
+    answers: Channel | LateAnswers = channel
+    late: LateAnswers | None = None
+    later: Late | None = None
     now = time.monotonic_ns
     method: Any  # a name, or a callable that travelled by value
     while True:
@@ -100,7 +104,7 @@ def serve(
         try:
             frame = receive()
         except TooLarge as error:
-            channel.reply(FAILED, error.call_id, encode_failure(Failed(error)))
+            answers.reply(FAILED, error.call_id, encode_failure(Failed(error)))
             continue
         if frame is None or frame[0] != CALL:
             break
@@ -132,16 +136,18 @@ def serve(
                 value = getattr(worker, method)(*args, **kwargs)
             else:
                 value = method(worker, *args, **kwargs)
-            if type(value) is coroutine:
+            kind_of = type(value)
+            if kind_of is coroutine:
                 value.close()
                 raise TypeError(
                     f"{place.method} is an async method: rankwise runs ordinary methods only"
                 )
             place.call_id = 0
-            if flags & WANT_VALUE:
+            kind, answer = ACK, b""
+            if kind_of is Late:
+                later = value
+            elif flags & WANT_VALUE:
                 kind, answer = OK, encode_result(value, arena)
-            else:
-                kind, answer = ACK, b""
         except BaseException as error:  # a worker's exit is not the driver's
             kind, answer = FAILED, _failed(error, place, arena)
         # A worker that waits keeps nothing of the last call alive.
@@ -149,16 +155,25 @@ def serve(
         method = args = kwargs = value = None
         if place.forked:
             return  # a child that the method forked has come out of it: the parent answers
+        if later is not None:
+            if late is None:
+                late = answers = LateAnswers(channel, place)
+            late.put(later, call_id, flags)
+            later = None
+            words[RUNNING] = 0
+            continue
         if type(answer) is Lent:
             kind = OK_LENT if kind == OK else FAILED_LENT
             answer.hold.pending.clear()  # from here on it is the driver's to let go
-        channel.reply(kind, call_id, answer)
+        answers.reply(kind, call_id, answer)
         del answer
         words[DONE] = call_id
         words[RUNNING] = 0
     if frame is not None and frame[0] != EXIT:
         raise BadFrame(f"a frame of kind {frame[0]} where a call was due")
     words[PHASE] = EXITING
+    if late is not None:
+        late.end()
     _leave(worker)
 
 

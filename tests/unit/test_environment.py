@@ -9,6 +9,7 @@ import pytest
 
 from rankwise._environment import (
     common_environment,
+    rank_cpus,
     rank_environments,
     rank_infos,
 )
@@ -321,6 +322,34 @@ def test_thread_count_is_what_torch_would_read(
     environment: dict[str, str], expected: int | None
 ) -> None:
     assert thread_count(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("ranks", "allowed", "expected"),
+    [
+        (2, {0, 1}, [(0,), (1,)]),
+        (2, {7, 2, 3, 6, 5}, [(2, 3), (5, 6, 7)]),
+        (3, range(8), [(0, 1), (2, 3, 4), (5, 6, 7)]),
+        (4, {4, 9}, [(4,), (4,), (9,), (9,)]),
+        (1, {0, 1}, [(0, 1)]),
+    ],
+)
+def test_cpus_are_split_in_order_and_each_rank_has_one(
+    ranks: int, allowed: set[int], expected: list[tuple[int, ...]]
+) -> None:
+    assert rank_cpus(check_spec(dict, ranks, cpus="split"), allowed) == expected
+
+
+def test_cpus_that_were_named_are_not_looked_at_again() -> None:
+    assert rank_cpus(check_spec(dict, 2, cpus=[[9], [8, 7]]), {0}) == [(9,), (7, 8)]
+    assert rank_cpus(check_spec(dict, 2), {0, 1}) is None
+
+
+def test_a_rank_computes_with_as_many_threads_as_it_has_cpus() -> None:
+    spec = check_spec(dict, 2, cpus=[[0], [1, 2, 3]])
+    infos = rank_infos(spec, "127.0.0.1", 29500)
+    found = rank_environments(spec, infos, {}, hash_seed=1, budget=8, cpus=rank_cpus(spec, {0}))
+    assert column(found, "OMP_NUM_THREADS") == ["1", "3"]
 
 
 @pytest.mark.parametrize("threads", ["auto", 3])

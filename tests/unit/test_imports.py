@@ -24,7 +24,8 @@ SOURCE = REPOSITORY / "src"
 # From the top down. The first word says what a row is. `name.*` is a whole package, whose files may
 # import each other, but not in a circle.
 LAYERS = (
-    ("other ways in", "torch", "compat.*", "cli.*", "testing.*"),
+    ("other ways in", "torch", "vllm", "compat.*", "cli.*", "testing.*"),
+    ("what vLLM's workers become", "_vllm_rank"),
     ("the public names", ""),
     ("the user's verbs", "_group"),
     ("where its engine sits", "_seat"),
@@ -46,6 +47,7 @@ LAYERS = (
     ("its parts", "_dump", "_line", "_preload", "_reaper", "_log_pipes"),
     ("making a process", "_spawn"),
     ("the worker", "_worker"),
+    ("values that come late", "_late"),
     ("user code, as a value, and the end", "_outcome", "_methods", "_context", "_exit"),
     ("the wire's slow path", "wire.culprit"),
     ("its walk", "wire.parts"),
@@ -80,7 +82,8 @@ UPWARD = {
 # than these, whatever lies below them.
 CHILDREN = {
     "_worker": {
-        "_context", "_exit", "_messages", "_methods", "_outcome", "_planned", "_rankinfo", "_spin",
+        "_context", "_exit", "_late", "_messages", "_methods", "_outcome", "_planned", "_rankinfo",
+        "_spin",
         "_status", "testing._inject", "wire.arena", "wire.codec", "wire.frames", "wire.lending",
         "wire.worker_channel",
     },
@@ -106,6 +109,7 @@ OTHERS = {
     "pytest": ["testing.plugin"],
     "ray": ["backends.ray"],
     # The drop-in sets torch's threads, as the original does, if torch is there.
+    "vllm": ["vllm", "_vllm_rank"],
     "torch": ["torch", "compat._vllm_environment", "wire.gpu", "wire.tensors"],
 }
 

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+
 from rankwise._calls import Call
 from rankwise._cpu import CpuUse, cpu_seconds
 from rankwise._messages import BOOT
 from rankwise._slow import SLOW_AFTER, SlowCalls
 
+ids = itertools.count(1)
+
 
 def call(method="forward", **options):
-    return Call(method, b"", (0, 1), **options)
+    made = Call(method, b"", (0, 1), **options)
+    made.id = next(ids)  # as the ledger does when it places a call
+    return made
+
+
+def test_it_keeps_no_call_whose_answers_may_be_large():
+    slow = SlowCalls()
+    one = call()
+    slow.look([one], 0.0)
+    kept = sys.getrefcount(one)
+    slow.look([one], SLOW_AFTER)
+    other = call()
+    assert sys.getrefcount(one) == kept == sys.getrefcount(other)
 
 
 def test_a_call_is_told_of_once_when_it_has_taken_a_minute():

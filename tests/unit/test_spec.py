@@ -95,6 +95,9 @@ def test_a_spec_is_frozen_and_its_repr_shows_no_argument_and_no_environment() ->
         ({"devices": [Index(), "GPU-8f"]}, "devices", (3, "GPU-8f")),
         ({"threads": None}, "threads", None),
         ({"threads": 4}, "threads", 4),
+        ({"cpus": None}, "cpus", None),
+        ({"cpus": "split"}, "cpus", "split"),
+        ({"cpus": [{3, 1}, range(2)]}, "cpus", ((1, 3), (0, 1))),
         ({"preload": ["torch", "a.b"], "start_method": "forkserver"}, "preload", ("torch", "a.b")),
         ({"start_timeout": 30}, "start_timeout", 30.0),
         ({"logs": "off"}, "logs", "off"),
@@ -237,6 +240,14 @@ FORKSERVER = {"start_method": "forkserver"}
         ({"threads": True}, TypeError, ["threads", "an int of at least 1", "not True"]),
         ({"threads": 1.5}, TypeError, ["threads", "'auto'", "not 1.5"]),
         ({"threads": "4"}, ValueError, ["threads", "'auto'", "not '4'"]),
+        # cpus
+        ({"cpus": "all"}, ValueError, ["cpus", "'split'", "not 'all'"]),
+        ({"cpus": 2}, TypeError, ["cpus", "None, 'split' or a list of lists", "not 2"]),
+        ({"cpus": [[0]]}, ValueError, ["cpus", "one item for each of the 2 ranks", "not 1"]),
+        ({"cpus": [[0], []]}, ValueError, ["cpus[1]", "one CPU's number or more", "not []"]),
+        ({"cpus": [0, 1]}, ValueError, ["cpus[0]", "one CPU's number or more", "not 0"]),
+        ({"cpus": [[0], [-1]]}, ValueError, ["a CPU in cpus[1]", "its number", "not -1"]),
+        ({"cpus": [[0], "01"]}, ValueError, ["cpus[1]", "one CPU's number or more", "not '01'"]),
         # start_method, preload
         (
             {"start_method": "fork"},
@@ -306,6 +317,7 @@ def test_what_is_wrong_is_refused_in_one_sentence(
         ("devices", "shared", "devices='shared'"),
         ("devices", [0, 1], "devices=(0, 1)"),
         ("threads", 2, "threads=2"),
+        ("cpus", "split", "cpus='split'"),
         ("logs", "off", "logs='off'"),
         ("start_method", "forkserver", "start_method='forkserver'"),
         ("preload", ["torch"], "preload=('torch',)"),

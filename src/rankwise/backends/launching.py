@@ -118,12 +118,14 @@ def start_launcher(spec: GroupSpec, stack: ExitStack, warm: Held | None) -> Star
     _occupy_standard_descriptors(stack)
     reserved = stack.enter_context(_reserve_port())
     infos = _environment.rank_infos(spec, "127.0.0.1", reserved.getsockname()[1])
+    cpus = _environment.rank_cpus(spec, os.sched_getaffinity(0))
     environments = _environment.rank_environments(
         spec,
         infos,
         spec.inherited.environ,
         hash_seed=spec.inherited.hash_seed,
         budget=_environment.cpu_budget(),
+        cpus=cpus,
     )
     if _planned.faults is not None:
         told = _planned.faults.text_for(size)
@@ -164,6 +166,7 @@ def start_launcher(spec: GroupSpec, stack: ExitStack, warm: Held | None) -> Star
                 preload=spec.preload,
                 mode=spec.logs,
                 color=spec.logs == "prefix" and use_color(),
+                cpus=cpus,
             )
         )
         return Started(held, infos, sockets, status, news, arena)
