@@ -45,6 +45,8 @@ class Port:
 
     def arm(self, armed: bool) -> None:
         """Let the loop wake for replies, or not. With the pump's lock held."""
+        if self._pump.closed:
+            return  # its epoll is about to go, or has gone and another has its number
         armed = armed and bool(self._waiting)
         if armed is not self._armed:
             self._epoll.modify(self._pump.ready_fd, select.EPOLLIN if armed else 0)

@@ -184,7 +184,10 @@ class Pump:
         except BaseException as error:
             me.gone = True
             self.kick()
-            if not (self.closed and call.done and type(error) in (OSError, ValueError)):
+            ours = type(error) in (OSError, ValueError)
+            if ours and self.inert is not None:  # a handler has forked, and this is the child
+                raise RuntimeError(self.inert) from None
+            if not (self.closed and call.done and ours):
                 raise  # else a handler of ours has closed the group under us
         return call.done
 
@@ -214,8 +217,10 @@ class Pump:
         with self.lock:
             self.sockets.flush_all()
             lead = self.lead
-            if (lead.leader is None or lead.current() is not lead.leader) and lead.hand_on():
-                self.see_to_rest()
+            if lead.leader is None or lead.current() is not lead.leader:
+                lead.arm(False)  # the strike may have come between the epoll and the note of it
+                if lead.hand_on():
+                    self.see_to_rest()
         if lead.stranded:
             self.lead_once()
         self.tell()
@@ -253,11 +258,12 @@ class Pump:
                 self._recover()
                 continue
             looks += 1
-            ready = told()
-            if ready:
+            events = None
+            if looks % LOOKS == 0:  # whatever the words say
+                events = poll(0)
+            elif ready := told():
                 self._take(ready)
                 continue
-            events = None if looks % LOOKS else poll(0)
             if not events:
                 now = clock()
                 if until is not None and now >= until:
@@ -366,7 +372,8 @@ class Pump:
     def retire(self) -> None:
         """Every call is settled and the keeper has ended: wait until nobody leads, either, and
         leave the event loops."""
-        self.closed = True
+        with self.lock:
+            self.closed = True  # from here on nobody arms a port
         until = clock() + 5.0
         while (leader := self.lead.leader) and leader.thread != threading.get_ident():
             if clock() > until or leader.gone:

@@ -149,7 +149,7 @@ class Sockets:
         return [
             rank
             for rank, channel in enumerate(self.channels)
-            if words[rank * LINE] != channel.receive_sequence and not channel.eof
+            if words[rank * LINE] > channel.receive_sequence and not channel.eof
         ]
 
     def pull(self, ranks: list[int]) -> bool:

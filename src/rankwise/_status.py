@@ -11,9 +11,10 @@ group, without a name. Every field is one aligned 8-byte word, stored and loaded
 
 The bell and the news are hints for who polls: a look at a word costs a twentieth of a look at a
 socket that is empty (a system call, and an exception out of it). The socket remains the truth. Who
-is told too early finds it empty and looks again; who is not told at all (a thread that was struck
-between the send and the store, a peer that has died) is found by the look at the kernel that ends
-every poll, and that comes now and then in a long one.
+is told too early finds it empty and looks again. Who is told late (the writer waits for its
+interpreter's lock between the send and the store, or is stopped there) or not at all (it was struck
+there, or has died) hears by the look at the kernel that ends every poll, and that comes now and
+then in a long one.
 """
 
 from __future__ import annotations
@@ -73,13 +74,13 @@ class News:
     __slots__ = ("_map", "look", "words")
 
     def __init__(self, world_size: int, fd: int | None = None) -> None:
-        size = PAGE * _news_pages(world_size)
-        offset = PAGE * world_size
-        self._map = mmap.mmap(-1, size) if fd is None else mmap.mmap(fd, size, offset=offset)
-        self.words = memoryview(self._map).cast("Q")
+        begin = 0 if fd is None else PAGE * world_size
+        # From the file's beginning: kernels with larger pages map from few other places.
+        self._map = mmap.mmap(-1 if fd is None else fd, begin + PAGE * _news_pages(world_size))
+        self.words = memoryview(self._map)[begin:].cast("Q")
         # One C call: a memcpy under the interpreter's lock.
         self.look: Callable[[], bytes] = partial(  # type: ignore[assignment]
-            self._map.__getitem__, slice(0, 8 * LINE * world_size)
+            self._map.__getitem__, slice(begin, begin + 8 * LINE * world_size)
         )
 
     def close(self) -> None:

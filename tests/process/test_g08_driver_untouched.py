@@ -435,6 +435,30 @@ with WorkerGroup(Worker, 2) as group:
         assert script.errors() == ""
 
 
+@pytest.mark.parametrize("spin", ["5.0", "0", "'auto'"])
+def test_a_child_that_a_handler_has_forked_during_a_wait_is_told_whose_group_it_is(spin):
+    code = f"""{WORKER}
+    def nap(self): time.sleep(0.5); return 7
+group = WorkerGroup(Worker, 2, spin={spin})
+children = []
+signal.signal(signal.SIGALRM, lambda number, frame: children.append(os.fork()))
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+try:
+    value = group.call("nap")
+except RuntimeError as error:
+    os._exit(0 if str(os.getppid()) in str(error) else 1)
+except BaseException:
+    os._exit(2)
+_, status = os.waitpid(children[0], 0)
+say(value=value, status=os.waitstatus_to_exitcode(status), again=group.call("echo", 1))
+group.close()
+"""
+    with Script(code) as script:
+        assert script.line() == {"value": [7, 7], "status": 0, "again": [1, 1]}
+        assert script.end() == 0
+        assert script.errors() == ""
+
+
 def test_a_forked_child_can_make_a_group_of_its_own():
     code = f"""{WORKER}
 group = WorkerGroup(Worker, 1)

@@ -180,6 +180,30 @@ def test_an_answer_that_was_taken_off_the_socket_when_the_leader_was_struck_arri
         assert in_thread(lambda: group.options(timeout=3).call("echo", 9)).value(5) == [9] * ranks
 
 
+def test_a_strike_between_the_epoll_and_the_note_of_it_delays_no_callback(monkeypatch):
+    with WorkerGroup(Worker, 2) as group:
+        group.call("echo", 0)
+        lead = group._engine.pump.lead
+        arm = lead._arm_keeper
+        strikes = [1]
+
+        def struck(armed):
+            arm(armed)
+            if strikes and not armed:
+                strikes.pop()
+                raise Strike  # as on the way out of `epoll.modify`
+
+        called = threading.Event()
+        future = group[0].submit(lambda worker: time.sleep(0.1))
+        future.add_done_callback(lambda future: called.set())
+        lead._arm_keeper = struck
+        began = time.monotonic()
+        with pytest.raises(Strike):
+            group[1].call("echo", 1)
+        assert called.wait(5)
+        assert time.monotonic() - began < 0.3  # and not when the keeper next looks around
+
+
 def test_a_struck_leader_does_not_keep_the_other_waiters(raising_handler, monkeypatch):
     with WorkerGroup(Worker, 2) as group:
         gate = threading.Event()

@@ -82,7 +82,7 @@ class WorkerChannel:
         data = self._data
         while len(data) < HEADER_SIZE:
             try:
-                if self.words[BELL] == self._sequence:
+                if self.words[BELL] <= self._sequence:  # it may be late
                     more = self._wait(RECEIVE_SIZE)
                 else:
                     more = self._recv(RECEIVE_SIZE)
@@ -150,7 +150,7 @@ class WorkerChannel:
             if now < until:
                 sched_yield()
                 looks += 1
-                if words[BELL] == had and looks % LOOKS:
+                if words[BELL] <= had and looks % LOOKS:
                     now = clock()
                     continue
             else:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 import pytest
 
+from rankwise import CallTimeout, WorkerGroup
 from rankwise._calls import Call
 from rankwise._ledger import Ledger
 from rankwise._messages import CALL, OK
@@ -32,6 +34,12 @@ def page():
     made = StatusPage(1)
     yield made
     made.close()
+
+
+class Napper:
+    def nap(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
 
 
 def call(number: int, body: bytes = b"body") -> Call:
@@ -94,6 +102,20 @@ def test_a_frame_that_is_too_large_for_the_socket_rings_with_its_first_bytes(end
     thread.join()
     assert received == [(CALL, 0, 1, large.body)]
     worker.words = [0]
+
+
+def test_a_rank_that_is_late_with_its_word_keeps_nobody_from_the_clock():
+    """As where it waits for its interpreter's lock between the send and the store."""
+    with WorkerGroup(Napper, 2, spin=0.5) as group:
+        group.call(Napper.nap, 0.0)
+        group._engine.pump.sockets._news.words[0] -= 1
+        future = group[1].submit(Napper.nap, 1.0)
+        began, cpu = time.monotonic(), time.process_time()
+        with pytest.raises(CallTimeout):
+            future.result(timeout=0.1)
+        assert time.monotonic() - began < 0.6
+        assert future.result() == 1.0
+        assert time.process_time() - cpu < 0.9  # of the poll's half second; it slept after that
 
 
 def test_a_driver_looks_at_the_ranks_that_say_they_have_answered():
