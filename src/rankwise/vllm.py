@@ -45,6 +45,8 @@ __all__ = ["RankwiseExecutor"]
 
 logger = init_logger("vllm.rankwise")
 
+POLL = 0.01  # seconds: steps follow each other within less, and each sleep would cost its share
+
 
 class RankwiseExecutor(Executor):  # type: ignore[misc]  # vLLM is not there when types are checked
     """vLLM's executor whose workers are the ranks of a `rankwise.WorkerGroup`.
@@ -172,7 +174,7 @@ def _options(config: VllmConfig) -> dict[str, Any]:
     times as long."""
     parallel = config.parallel_config
     modules = (Rank.__module__, parallel.worker_cls.rpartition(".")[0])
-    made: dict[str, Any] = {"start_method": "forkserver", "preload": modules}
+    made: dict[str, Any] = {"start_method": "forkserver", "preload": modules, "spin": POLL}
     local = parallel.world_size * max(1, parallel.data_parallel_size_local)
     if current_platform.is_cpu():
         try:
