@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["RankwiseExecutor"]
 
 logger = init_logger("vllm.rankwise")
-
 POLL = 0.01  # seconds: steps follow each other within less, and each sleep would cost its share
 
 
@@ -170,8 +169,7 @@ def _then(answers: Future[Any], change: Callable[[Any], Any]) -> Future[Any]:
 
 
 def _options(config: VllmConfig) -> dict[str, Any]:
-    """What all ranks import, once, and how they share the CPUs: each on all of them takes forty
-    times as long."""
+    """What ranks import, once; how they share the CPUs: each on all takes forty times as long."""
     parallel = config.parallel_config
     modules = (Rank.__module__, parallel.worker_cls.rpartition(".")[0])
     made: dict[str, Any] = {"start_method": "forkserver", "preload": modules, "spin": POLL}
