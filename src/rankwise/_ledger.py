@@ -1,7 +1,7 @@
 """The ledger: which call is owed by whom, and what follows from each event. It touches nothing.
 
+    begin > (nothing is queued there, as nearly always) > begun
     place > (queued a rank) > next_to_send > begun > reply ... reply > settled > ended
-    begin > (nothing is queued there, as nearly always) ^
                   |                            |       failure > (50 ms) settled > (grace) broken
                 cancel, expire              lost: settled with WorkerDied, group broken
 
