@@ -62,7 +62,7 @@ class Worker:
         return Late(lambda: b"x" * size)
 
     def get_order(self):
-        return self.order
+        return Late(lambda: self.order)  # made after the late values of the calls before
 
 
 @pytest.fixture
