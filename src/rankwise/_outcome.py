@@ -1,6 +1,6 @@
 """A value, or Failed: a user's exception as a value, as bytes, and as an exception again.
 
-worker:  your code > value | Failed(exception) > frame          caught in `_worker.serve` for calls,
+worker:  your code > value | Failed(exception) > frame          caught in `_serve.serve` for calls,
                                                                  in `capture` for what runs once
 driver:  frame > failure(...) > the exception that the caller catches, with RemoteError as its cause
 """
@@ -121,7 +121,7 @@ def _is_ours(frame: FrameType) -> bool:
     """Whether it is what calls the user's code: the reader of a traceback did not write it."""
     return frame.f_globals.get("__name__") in (
         __name__,
-        "rankwise._worker",
+        "rankwise._serve",
         "rankwise.testing._inject",
     )
 

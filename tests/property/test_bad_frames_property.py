@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from rankwise import _worker
+from rankwise import _serve
 from rankwise._calls import Broken, Call, Garbled
 from rankwise._messages import (
     ACK,
@@ -401,7 +401,7 @@ def test_a_worker_runs_answers_or_says_what_is_wrong(stream):
         far.sendall(stream)
         far.shutdown(socket.SHUT_WR)
         try:
-            _worker.serve(channel, words, lambda place, settings: None)
+            _serve.serve(channel, words, lambda place, settings: None)
         except BadFrame as error:
             assert str(error)
         near.close()
@@ -426,7 +426,7 @@ def test_a_frame_of_another_kind_is_not_run_as_a_call(kind):
         far.sendall(frame(BOOT, 0, 1, boot()) + frame(kind, 1, 2, codec.encode_call("m", (), {})))
         words = memoryview(bytearray(WORDS * 8)).cast("Q")
         with pytest.raises(BadFrame, match=f"^a frame of kind {kind} where a call was due$"):
-            _worker.serve(WorkerChannel(near, NO_SPIN), words, lambda place, settings: None)
+            _serve.serve(WorkerChannel(near, NO_SPIN), words, lambda place, settings: None)
 
 
 @pytest.mark.parametrize("body", [b"", b"garbage", dumps(1, 5), dumps((1, 2, 3), 5)])
@@ -435,14 +435,14 @@ def test_a_first_call_that_cannot_be_read_is_a_bad_frame(body):
         far.sendall(frame(BOOT, 0, 1, body))
         words = memoryview(bytearray(WORDS * 8)).cast("Q")
         with pytest.raises(BadFrame, match="a first call that is none"):
-            _worker.serve(WorkerChannel(near, NO_SPIN), words, lambda place, settings: None)
+            _serve.serve(WorkerChannel(near, NO_SPIN), words, lambda place, settings: None)
 
 
 def test_an_exit_before_the_first_call_is_an_orderly_end():
     with pair() as (near, far):
         far.sendall(frame(EXIT, 0, 1))
         words = memoryview(bytearray(WORDS * 8)).cast("Q")
-        _worker.serve(WorkerChannel(near, NO_SPIN), words, lambda place, settings: None)
+        _serve.serve(WorkerChannel(near, NO_SPIN), words, lambda place, settings: None)
 
 
 # -- the control channel --------------------------------------------------------------------------

@@ -47,6 +47,7 @@ LAYERS = (
     ("its parts", "_dump", "_line", "_preload", "_reaper", "_log_pipes"),
     ("making a process", "_spawn"),
     ("the worker", "_worker"),
+    ("its loop", "_serve"),
     ("values that come late", "_late"),
     ("user code, as a value, and the end", "_outcome", "_methods", "_context", "_exit"),
     ("the wire's slow path", "wire.culprit"),
@@ -82,10 +83,12 @@ UPWARD = {
 # than these, whatever lies below them.
 CHILDREN = {
     "_worker": {
-        "_context", "_exit", "_late", "_messages", "_methods", "_outcome", "_planned", "_rankinfo",
-        "_spin",
-        "_status", "testing._inject", "wire.arena", "wire.codec", "wire.frames", "wire.lending",
-        "wire.worker_channel",
+        "_context", "_exit", "_messages", "_planned", "_serve", "_spin", "_status",
+        "testing._inject", "wire.arena", "wire.frames", "wire.worker_channel",
+    },
+    "_serve": {
+        "_context", "_late", "_messages", "_methods", "_outcome", "_rankinfo", "_status",
+        "wire.codec", "wire.frames", "wire.lending", "wire.worker_channel",
     },
     "_launcher": {
         "_deadline", "_dump", "_line", "_log_pipes", "_messages", "_reaper", "_spawn", "_starting",

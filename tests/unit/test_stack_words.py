@@ -10,14 +10,14 @@ import threading
 import pytest
 
 import rankwise._outcome
-import rankwise._worker
+import rankwise._serve
 from rankwise import RankStack, Stacks
 from rankwise._stacks import main_frames, parse, place, ranks_text, shown, user_frames
 
 # What stands below a user's method in a rank: ours, and the `python -c` that has called us.
 BELOW = (
     (rankwise._outcome.__file__, 49, "capture"),
-    (rankwise._worker.__file__, 91, "serve"),
+    (rankwise._serve.__file__, 91, "serve"),
     ("<string>", 1, "<module>"),
 )
 ALL_REDUCE = ("/u/shard.py", 88, "all_reduce")

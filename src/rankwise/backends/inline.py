@@ -27,9 +27,9 @@ from rankwise._ledger import Ledger
 from rankwise._messages import DEADLINE, EXIT, HAS_DEADLINE, WANT_VALUE
 from rankwise._ranks import Ranks
 from rankwise._report import give_reports, look, overdue_ranks, thread_stacks
+from rankwise._serve import serve
 from rankwise._spin import Spin
 from rankwise._status import StatusPage
-from rankwise._worker import serve
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     from rankwise._future import GroupFuture
     from rankwise._report import RankReport
+    from rankwise._serve import Channel
     from rankwise._spec import GroupSpec
-    from rankwise._worker import Channel
     from rankwise.wire.arena import Arena
 
     Frame = tuple[int, int, int, bytes]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from rankwise._worker import Channel
+    from rankwise._serve import Channel
     from rankwise.wire.arena import Arena
 
     Told = tuple[str, int | None, str, int | None, float, int, bytes]
