@@ -10,38 +10,12 @@ import threading
 import time
 
 import pytest
+from ranks import Model
 
-from rankwise import GroupBroken, Late, WorkerGroup, worker_info
+from rankwise import GroupBroken, WorkerGroup
 from rankwise.vllm import RankwiseExecutor
 
 pytestmark = pytest.mark.limit(300)
-
-
-class Model:
-    """What an executor calls of a rank."""
-
-    def __init__(self):
-        self.rank = worker_info().rank
-        self.steps = []
-
-    def execute_model(self, step):
-        self.steps.append(step)
-        return Late(lambda: f"{step} by {self.rank}")
-
-    def sample_tokens(self, grammar):
-        return self.rank, grammar
-
-    def take_draft_token_ids(self):
-        return self.rank
-
-    def execute_dummy_batch(self):
-        self.steps.append("dummy")
-
-    def get_steps(self):
-        return self.steps
-
-    def pause(self):
-        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 @pytest.fixture

@@ -1,0 +1,35 @@
+"""Ranks without a model, for the executor by itself: without vLLM, whose import takes 20 s a rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from rankwise import Late, worker_info
+
+
+class Model:
+    """What an executor calls of a rank."""
+
+    def __init__(self):
+        self.rank = worker_info().rank
+        self.steps = []
+
+    def execute_model(self, step):
+        self.steps.append(step)
+        return Late(lambda: f"{step} by {self.rank}")
+
+    def sample_tokens(self, grammar):
+        return self.rank, grammar
+
+    def take_draft_token_ids(self):
+        return self.rank
+
+    def execute_dummy_batch(self):
+        self.steps.append("dummy")
+
+    def get_steps(self):
+        return self.steps
+
+    def pause(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
