@@ -2,7 +2,8 @@
 
     python benchmarks/bounds.py [--only death ...] [--count 200] [--out docs/benchmarks]
 
-    death        SIGKILL of one of 8 ranks > WorkerDied in the thread that waits in `call`
+    death        SIGKILL of one of 8 ranks > WorkerDied in the thread that waits in `call`;
+                 beside it, SIGKILL of a bare process as large > its end, by the kernel's word
     collective   one of 4 ranks raises, the others wait for it > its exception in the caller
     owner        SIGKILL of the driver > the last of its 8 ranks has ended
     close        `close()` of 8 ranks; of 8 ranks one of which is stuck in C code
@@ -56,6 +57,17 @@ time.sleep(600)
 """
 
 
+# A process of so many bytes, and nothing of ours in it.
+BARE = """
+import os, sys, time
+with open("/proc/self/statm") as file:
+    has = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+own = b"x" * (int(sys.argv[1]) - has)
+print(len(own), flush=True)
+time.sleep(600)
+"""
+
+
 class Row(NamedTuple):
     """What is measured, once, in seconds, and the bounds: of the median and the worst, if any."""
 
@@ -95,6 +107,25 @@ def death(resident: int) -> float:
             moments.append(time.monotonic())
         killer.join()
     return moments[1] - moments[0]
+
+
+def bare(resident: int) -> float:
+    """The kernel's own part of a death: it frees the memory before it says that it has ended."""
+    with subprocess.Popen(
+        [sys.executable, "-c", BARE, str(resident)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        fd = os.pidfd_open(process.pid)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        time.sleep(0.02)
+        began = time.monotonic()
+        process.kill()
+        poll.poll()
+        took = time.monotonic() - began
+        os.close(fd)
+    return took
 
 
 def collective(made: WorkerGroup, path: str) -> float:
@@ -166,10 +197,16 @@ def stack(made: WorkerGroup) -> float:
 
 def rows(four: WorkerGroup, fifo: str, two: WorkerGroup) -> list[Row]:
     return [
+        Row("a rank with nothing of its own dies: the waiting caller's exception", "death",
+            lambda: death(0), 0.010, 0.100),
         Row("a rank of 100 MB dies: the waiting caller's exception", "death",
             lambda: death(100 * MB), 0.010, 0.100),
         Row("a rank of 2 GB dies: the waiting caller's exception", "death",
             lambda: death(2048 * MB), None, None, 20),
+        Row("for comparison, a bare process of 100 MB: SIGKILL to its end", "death",
+            lambda: bare(100 * MB), None, None),
+        Row("for comparison, a bare process of 2 GB", "death",
+            lambda: bare(2048 * MB), None, None, 20),
         Row("a rank fails, its peers wait for it: the caller's exception", "collective",
             lambda: collective(four, fifo), None, 0.100),
         Row("the driver is killed, the ranks idle: the last one's end", "owner",

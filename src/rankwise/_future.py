@@ -152,7 +152,7 @@ class GroupFuture(Future[T]):
         self._fetched = True
         if self._error is not None:
             try:
-                raise self._error
+                raise self._error.with_traceback(None)  # nor where it was raised before
             finally:
                 self = None  # type: ignore[assignment]  # the traceback must not keep the future
         value: T = self._value
@@ -192,7 +192,7 @@ class GroupFuture(Future[T]):
             except Exception as error:
                 if is_interrupt(error):
                     raise  # nothing is decoded yet: the next who asks does it again
-                self._error = error
+                self._error = error.with_traceback(None)  # where it was made says nothing
             self._decoded = True
             # The pickled values have done their work; a failure may still break the group.
             self._call.answers = {

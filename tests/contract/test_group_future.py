@@ -111,6 +111,17 @@ def test_the_result_is_made_once(group):
     assert failed.exception() is failed.exception()
 
 
+def test_its_traceback_shows_where_it_was_asked_for_and_nothing_of_ours(group):
+    future = group.submit(Worker.fail, ValueError)
+    assert future.exception().__traceback__ is None
+    for _ in range(2):  # nor does it grow
+        with pytest.raises(ValueError) as caught:
+            future.result()
+        assert [frame.name for frame in caught.traceback] == [
+            "test_its_traceback_shows_where_it_was_asked_for_and_nothing_of_ours", "result",
+        ]  # fmt: skip
+
+
 def test_many_threads_may_wait_for_one_future(group, gate):
     future = group.submit(Worker.pass_gate, gate.path)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
