@@ -89,7 +89,7 @@ say(closed=time.monotonic() - began, threads=threading.active_count())
 @pytest.mark.parametrize("how", ["call", "result", "exception", "timed"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_an_alarm_that_raises_every_third_of_a_millisecond_loses_nothing(ranks, how):
-    calls = {"call": 100_000, "result": 20_000 // ranks}.get(how, 4_000 // ranks)
+    calls = {"call": 100_000, "result": 20_000}.get(how, 4_000) // ranks
     code = STRIKES.format(base="Exception")
     with Script(code, str(ranks), str(calls), how) as script:
         said = script.line(90)

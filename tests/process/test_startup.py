@@ -206,7 +206,7 @@ say(before=before, after=state())
 """
 
 
-@pytest.mark.parametrize("seed", [1, 100, 200, 300])
+@pytest.mark.parametrize("seed", [1, 200])
 def test_a_start_that_is_struck_between_any_two_steps_leaves_nothing(seed):
     """No child (not even a zombie), no thread and no descriptor."""
     with Script(STRUCK, str(seed)) as script:
