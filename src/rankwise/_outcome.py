@@ -106,9 +106,9 @@ def opened(body: bytes) -> Any:
 
 def format_traceback(error: BaseException) -> str:
     """The traceback of `error`, from the user's own code on. Never raises."""
-    import traceback  # 8 ms, and only a failure needs it
-
     try:
+        import traceback  # 8 ms, and only a failure needs it; it wants a descriptor
+
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None and _is_ours(trace.tb_frame):
             trace = trace.tb_next

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from contract_worker import Worker
+from group_restart_ranks import Counting, FailsWhen
 
 from rankwise import (
     CallTimeout,
@@ -21,21 +22,6 @@ from rankwise import (
 )
 
 Make = Callable[..., WorkerGroup]
-
-
-class Counting:
-    """Counts its calls, and knows what it was made of."""
-
-    def __init__(self, made_of: list[str]) -> None:
-        self.made_of = made_of
-        self.calls = 0
-
-    def count(self) -> int:
-        self.calls += 1
-        return self.calls
-
-    def get(self) -> list[str]:
-        return self.made_of
 
 
 def test_objects_are_fresh_and_handles_go_on(make: Make) -> None:
@@ -99,12 +85,6 @@ def test_an_on_restart_that_raises_is_a_failed_start(make: Make) -> None:
 def until_cancelled(worker: Any) -> None:
     while not current_call().cancelled():
         threading.Event().wait(0.01)
-
-
-class FailsWhen:
-    def __init__(self, told: list[bool]) -> None:
-        if told[0]:
-            raise ValueError("told to")
 
 
 def test_a_restart_that_failed_may_be_tried_again(make: Make) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from faulty import RANK, Bomb, Faulty, hold_gil
+from stuck_ranks import Clockwork
 from test_no_caller_waits_forever import START, methods, start
 from waiters import NAMES, Everybody, by_each, waiters
 
@@ -167,18 +168,6 @@ def test_a_rank_that_sticks_before_it_has_read_anything(fault: str, method: str)
             WorkerGroup(Faulty, 2, args=("", ""), start_timeout=1.5, **START[method])
     assert caught.value.phases == {RANK: "spawn"}
     assert f"rank {RANK}" in str(caught.value)
-
-
-class Clockwork:
-    """Rank 1 is killed so many seconds after its construction has begun, by the kernel's clock."""
-
-    def __init__(self, seconds: float) -> None:
-        if os.environ["RANK"] == str(RANK):
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, seconds)
-
-    def wait(self) -> None:
-        threading.Event().wait()
 
 
 @cell(

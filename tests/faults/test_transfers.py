@@ -8,16 +8,9 @@ import signal
 import threading
 
 import pytest
+from transfers_ranks import Mirror
 
 from rankwise import GroupBroken, WorkerDied, WorkerGroup
-
-
-class Mirror:
-    def mirror(self, data: bytes) -> bytes:
-        return data
-
-    def length(self, data: bytes) -> int:
-        return len(data)
 
 
 @pytest.mark.cell(

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from asyncio_ranks import Worker
 from drivers import Watch, in_thread, until
 
 from rankwise import GroupClosed, StartupError, WorkerDied, WorkerGroup
@@ -21,32 +22,6 @@ pytestmark = pytest.mark.leaks_allowed(
 )
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-
-
-class Worker:
-    def __init__(self, hold=None, fail=False):
-        if fail:
-            raise ValueError("no such model")
-        if hold:
-            with open(hold, "rb") as file:
-                file.read()
-
-    def echo(self, value):
-        return value
-
-    def fails(self, text):
-        raise LookupError(text)
-
-    def hold(self, path):
-        with open(path, "rb") as file:
-            return file.read().decode()
-
-    def cancelled(self):
-        from rankwise import current_call
-
-        while not current_call().cancelled():
-            time.sleep(0.001)
-        return "saw it"
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from bell_ranks import Napper
 
 from rankwise import CallTimeout, WorkerGroup
 from rankwise._calls import Call
@@ -34,12 +35,6 @@ def page():
     made = StatusPage(1)
     yield made
     made.close()
-
-
-class Napper:
-    def nap(self, seconds: float) -> float:
-        time.sleep(seconds)
-        return seconds
 
 
 def call(number: int, body: bytes = b"body") -> Call:

@@ -5,18 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from cpus_ranks import Worker
 
 from rankwise import StartupError, WorkerGroup
 
 ALLOWED = sorted(os.sched_getaffinity(0))
-
-
-class Worker:
-    def __init__(self):
-        self.at_first = os.sched_getaffinity(0)
-
-    def where(self):
-        return sorted(self.at_first), os.environ["OMP_NUM_THREADS"]
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])

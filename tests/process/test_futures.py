@@ -18,41 +18,11 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, FIRST_EXCEPTION
 
 import pytest
 from drivers import SECONDS, in_thread, until
+from futures_ranks import Worker
 
-from rankwise import CallTimeout, WorkerDied, WorkerGroup, current_call
+from rankwise import CallTimeout, WorkerDied, WorkerGroup
 
 AHEAD = 64  # so many calls are sent ahead to a rank: what comes after them is queued
-
-
-class Worker:
-    def __init__(self):
-        self.ran = []
-
-    def echo(self, value):
-        self.ran.append(value)
-        return value
-
-    def fails(self, text):
-        raise LookupError(text)
-
-    def hold(self, path, value="held"):
-        """Wait until the test lets it go."""
-        with open(path, "rb") as file:
-            file.read()
-        return value
-
-    def hold_and_fail(self, path):
-        self.hold(path)
-        raise LookupError("let go")
-
-    def until_cancelled(self):
-        while not current_call().cancelled():
-            time.sleep(0.0005)
-        return "saw it"
-
-    def take_ran(self):
-        ran, self.ran = self.ran, []
-        return ran
 
 
 class Gate:

@@ -15,33 +15,12 @@ import threading
 
 import pytest
 from drivers import SECONDS, in_thread
+from g01_order_ranks import Worker
 
 from rankwise import CallTimeout, WorkerGroup
 
 SIZE = 3
 AHEAD = 64  # so many calls are sent ahead to a rank: what comes after them is queued
-
-
-class Worker:
-    def __init__(self):
-        self.ran = []
-
-    def note(self, item, padding=None):
-        self.ran.append(item)
-        return item
-
-    def fails(self, item):
-        self.ran.append(item)
-        raise LookupError(item)
-
-    def hold(self, path, item):
-        self.ran.append(item)
-        with open(path, "rb") as file:
-            file.read()
-
-    def take_ran(self):
-        ran, self.ran = self.ran, []
-        return ran
 
 
 @pytest.fixture(scope="module")

@@ -4,90 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
-import threading
 from collections import Counter
 
 import pytest
 from drivers import SECONDS, Script, in_thread, until
+from g02_one_at_a_time_ranks import Travels, Worker, whereabouts
 
-from rankwise import CallTimeout, WorkerDied, WorkerGroup, current_call
+from rankwise import CallTimeout, WorkerDied, WorkerGroup
 
 SIZE = 2
 AHEAD = 64  # so many calls are sent ahead to a rank: what comes after them is queued
-
-
-class Worker:
-    def __init__(self):
-        self.inside = 0
-        self.ran = []
-        self.threads = {"__init__": whereabouts()}
-
-    def __enter__(self):
-        self.threads["__enter__"] = whereabouts()
-        return self
-
-    def __exit__(self, *error):
-        if "told" in self.__dict__:
-            with open(f"{self.told}.{os.environ['RANK']}", "w") as file:
-                file.write(repr(whereabouts()))
-
-    def tell_at_exit(self, path):
-        self.told = path
-
-    def where(self):
-        return whereabouts()
-
-    def alone(self, item=None):
-        """How many calls are inside, and whether this is still the call that it was."""
-        me = current_call().id
-        self.inside += 1
-        try:
-            seen = [self.inside]
-            for _ in range(3):
-                os.sched_yield()
-                seen.append(self.inside)
-            self.ran.append(item)
-            return max(seen), current_call().id == me
-        finally:
-            self.inside -= 1
-
-    def fails(self, error, item=None):
-        self.ran.append(item)
-        raise error
-
-    def hold(self, path):
-        self.inside += 1
-        with open(path, "rb") as file:
-            file.read()
-        self.inside -= 1
-
-    def write_then_die(self, path):
-        with open(f"{path}.{os.environ['RANK']}", "a") as file:
-            file.write("x")
-        if os.environ["RANK"] == "1":
-            os._exit(3)
-
-    def meet(self, path, mode):
-        """Comes back once another rank is in this method, with the other mode."""
-        with open(path, mode):
-            return True
-
-    def take_ran(self):
-        ran, self.ran = self.ran, []
-        return ran
-
-
-def whereabouts():
-    """Whether this is the main thread: the process's, Python's, and where signals arrive."""
-    try:
-        signal.signal(signal.SIGUSR2, signal.SIG_DFL)
-        may_set_handlers = True
-    except ValueError:
-        may_set_handlers = False
-    main = threading.main_thread()
-    is_main = threading.current_thread() is main
-    return threading.get_native_id() == os.getpid(), is_main, may_set_handlers
 
 
 MAIN = (True, True, True)
@@ -138,20 +64,6 @@ def test_arguments_are_rebuilt_and_results_pickled_on_the_main_thread_too(group)
     """`__setstate__` and `__reduce__` are the user's code as well."""
     assert group.call(lambda worker, got: got.rebuilt, Travels()) == [MAIN] * SIZE
     assert [made.reduced for made in group.call(lambda worker: Travels())] == [MAIN] * SIZE
-
-
-class Travels:
-    reduced = rebuilt = None
-
-    def __reduce__(self):
-        return rebuild, (whereabouts(),)
-
-
-def rebuild(reduced):
-    made = Travels()
-    made.reduced = reduced
-    made.rebuilt = whereabouts()
-    return made
 
 
 @pytest.mark.leaks_allowed("the epoll of a closed loop")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import ctypes
 import os
 import signal
 import threading
@@ -12,32 +11,11 @@ import time
 
 import pytest
 from drivers import in_thread, readable, until
+from g03_no_caller_waits_forever_ranks import GARBAGE, Worker, lose_the_reply, write_raw
 
 from rankwise import GroupBroken, WorkerDied, WorkerGroup
 
 HEARD = 0.5  # seconds in which a small process's death is told; it takes a millisecond or two
-
-
-class Worker:
-    def echo(self, value):
-        return value
-
-    def hold(self, fd_path):
-        """Say that it runs, then run until the end of the other side."""
-        fd = os.open(fd_path, os.O_WRONLY)
-        os.write(fd, b"x")
-        os.close(fd)
-        threading.Event().wait()
-
-    def die(self, how):
-        if how == "exit":
-            os._exit(3)
-        elif how == "abort":
-            os.abort()
-        elif how == "segfault":
-            ctypes.string_at(0)
-        else:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 DEATHS = {"exit": 3, "abort": -signal.SIGABRT, "segfault": -signal.SIGSEGV, "kill": -signal.SIGKILL}
@@ -236,32 +214,6 @@ def test_an_answer_that_was_given_before_the_death_arrives(group):
 
 
 # -- a channel that loses or garbles ----------------------------------------------------------
-#
-# These functions travel by value and are run in the worker, where they lay hands on its end of the
-# call channel, which stands in the frames of whoever called them.
-
-
-def lose_the_reply(worker, counted):
-    """Have this call's answer go nowhere. `counted`: the next one shows a gap."""
-    from rankwise.wire.worker_channel import WorkerChannel
-
-    real = WorkerChannel.reply
-
-    def reply(self, kind, call_id, body):
-        WorkerChannel.reply = real
-        if counted:
-            self._sent += 1
-
-    WorkerChannel.reply = reply
-
-
-def write_raw(worker, data):
-    import sys
-
-    frame = sys._getframe()
-    while "channel" not in frame.f_locals:
-        frame = frame.f_back
-    frame.f_locals["channel"]._sock.send(data)
 
 
 def test_a_rank_that_is_idle_and_owes_an_answer_is_reported_within_a_second(group):
@@ -300,15 +252,6 @@ def test_a_gap_in_the_answers_breaks_the_group_at_once(group):
             in_thread(future.result).value(5)
     assert time.monotonic() - began < 0.25
     assert "rank 1" in str(group.failure)
-
-
-GARBAGE = {
-    "noise": b"\xff" * 64,
-    "zeros": b"\0" * 24,
-    "half_a_header": b"\x01W\x10",
-    "text": b"import this\n" * 10,
-    "big": os.urandom(100_000),
-}
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)

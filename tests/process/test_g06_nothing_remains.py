@@ -11,39 +11,9 @@ import warnings
 
 import pytest
 from drivers import Script, Watch, in_thread, until
+from g06_nothing_remains_ranks import Worker, fails
 
 from rankwise import GroupBroken, GroupClosed, StartupError, WorkerDied, WorkerGroup
-
-
-class Worker:
-    def echo(self, value):
-        return value
-
-    def pids(self):
-        return [os.getpid(), os.getppid()]
-
-    def hold(self, path):
-        with open(path, "rb") as file:
-            return file.read()
-
-    def leave_a_daemon(self):
-        read, write = os.pipe()
-        if os.fork() == 0:
-            os.setsid()
-            pid = os.fork()
-            if pid == 0:
-                os.execvp("sleep", ["sleep", "600"])
-            os.write(write, str(pid).encode())
-            os._exit(0)
-        os.close(write)
-        pid = int(os.read(read, 20))
-        os.close(read)
-        os.wait()
-        return pid
-
-
-def fails(worker):
-    raise RuntimeError("no")
 
 
 def descriptors():

@@ -13,6 +13,7 @@ import socket
 
 import pytest
 from drivers import Script
+from g07_nothing_listens_ranks import Opener, Sockets, rows
 
 from rankwise import WorkerGroup
 from rankwise._procfs import descendants
@@ -20,7 +21,6 @@ from rankwise._procfs import descendants
 # What a process of ours may have open. A memfd has no name that another process could open.
 ANONYMOUS = re.compile(r"socket:|pipe:|anon_inode:|/memfd:rankwise|/dev/null$|/proc/|pidfd:")
 
-INTERNET = ("tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6", "icmp", "icmp6")
 
 WORKER = """
 class Worker:
@@ -29,31 +29,6 @@ class Worker:
         exec(code, self.__dict__)
         return self.__dict__.get("result")
 """
-
-
-class Sockets:
-    """Of every socket of this network namespace that has an address: its inode, and what it is."""
-
-    def __init__(self):
-        self.internet = {}
-        self.unix = {}
-        for kind in INTERNET:
-            for fields in rows(f"/proc/net/{kind}"):
-                # 0A is TCP_LISTEN. A UDP socket listens as soon as it has a port.
-                self.internet[fields[9]] = f"{kind} {fields[1]} state {fields[3]}"
-        for fields in rows("/proc/net/unix"):
-            listens = int(fields[3], 16) & 0x10000  # SO_ACCEPTCON
-            path = fields[7] if len(fields) > 7 else ""
-            if listens or path:  # "@..." is a name too, in the abstract namespace
-                self.unix[fields[6]] = f"unix {path!r} flags {fields[3]}"
-
-
-def rows(path):
-    try:
-        with open(path) as file:
-            return [line.split() for line in file.readlines()[1:]]
-    except FileNotFoundError:
-        return []  # a kernel without it
 
 
 def open_files(pid):
@@ -222,14 +197,6 @@ LISTENERS = {
     "mapping": "import mmap; file = open({path!r}, 'wb+'); file.truncate(9);"
     " it = mmap.mmap(file.fileno(), 9); file.close()",
 }
-
-
-class Opener:
-    def run(self, code):
-        exec(code, self.__dict__)
-
-    def let_go(self):
-        os.close(self.it) if isinstance(self.it, int) else self.it.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,35 +11,13 @@ import os
 
 import pytest
 from drivers import SECONDS, in_thread, until
+from g09_arguments_are_copies_ranks import Worker
 
 from rankwise import WorkerGroup, per_rank
 
 SIZE = 2
 AHEAD = 64  # so many calls are sent ahead to a rank: what comes after them is queued
 SMALL, LARGE = 16, 1 << 20  # bytes: in one write, and in many
-
-
-class Worker:
-    def __init__(self, *made_with):
-        self.made_with = made_with
-        self.kept = []
-
-    def echo(self, value):
-        return value
-
-    def fill(self, value, byte):
-        """Write to all of what was received."""
-        memoryview(value).cast("B")[:] = bytes([byte]) * memoryview(value).nbytes
-
-    def keep(self, value):
-        self.kept.append(value)
-
-    def forget(self):
-        self.kept = []
-
-    def hold(self, path):
-        with open(path, "rb") as file:
-            file.read()
 
 
 @pytest.fixture(scope="module")

@@ -13,44 +13,11 @@ import threading
 import numpy as np
 import pytest
 from drivers import Script, until
+from g10_large_payloads_ranks import LARGE, MIDDLE, Keeper, full
 
 from rankwise import GroupBroken, WorkerDied, WorkerGroup
 from rankwise._deadline import clock
 from rankwise.wire.lending import IDLE
-
-LARGE = 1 << 20  # bytes: a mapping of its own
-MIDDLE = 100 << 10  # bytes: through the arena, but copied out of it
-
-
-class Keeper:
-    def __init__(self) -> None:
-        self.kept: dict[object, object] = {}
-
-    def keep(self, key, value):
-        self.kept[key] = value
-
-    def forget(self, *keys):
-        for key in keys:
-            self.kept.pop(key, None)
-
-    def sums(self):
-        return {key: (int(array.min()), int(array.max())) for key, array in self.kept.items()}
-
-    def add(self, array, number):
-        array += number
-        return int(array.sum())
-
-    def total(self, array):
-        return int(array.sum())
-
-    def make(self, size, value):
-        return np.full(size, value, np.uint8)
-
-    def echo(self, value):
-        return value
-
-    def die(self, array):
-        os._exit(3)
 
 
 def lent(group):
@@ -74,10 +41,6 @@ def lent_by(group, rank):
         return len(lender._blocks.loans)
 
     return group[rank].call(count)
-
-
-def full(value, size=LARGE):
-    return np.full(size, value, np.uint8)
 
 
 # -- arguments --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import time
 
 import pytest
 from drivers import PRELUDE, SECONDS, Script, in_thread, readable, until
+from g11_output_ranks import Worker
 
 from rankwise import StartupError, WorkerDied, WorkerGroup
 
@@ -283,14 +284,6 @@ os.write(int(sys.argv[1]), b" closed")
 
 
 # -- where lines go -------------------------------------------------------------------------------
-
-
-class Worker:
-    def print(self, text):
-        print(text)
-
-    def error(self, text):
-        print(text, file=sys.stderr)
 
 
 def test_a_replaced_stdout_gets_the_lines():

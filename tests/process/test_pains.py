@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from drivers import Script, Watch
+from pains_ranks import FailsTwice, Profiler
 
-from rankwise import StartupError, WorkerGroup, worker_info
+from rankwise import StartupError, WorkerGroup
 
 CHAIN = """
 import time
@@ -42,26 +43,6 @@ def test_four_ranks_that_fail_in_a_chain_print_one_traceback(tmp_path: Path) -> 
     assert len(later) == 1
     assert later[0].startswith("after it, ")
     assert later[0].endswith("ranks 0, 1, 3: ConnectionError: a peer has closed the connection")
-
-
-class FailsTwice:
-    """Rank 1 cannot be made, and none of the ranks ends well either."""
-
-    def __init__(self) -> None:
-        import atexit
-
-        atexit.register(self.fail_again)
-        if worker_info().rank == 1:
-            print("reading the weights", flush=True)
-            raise ValueError("the weights are of another model")
-
-    def fail_again(self, *error: object) -> None:
-        raise RuntimeError("nothing to clean up")
-
-    def __enter__(self) -> FailsTwice:
-        return self
-
-    __exit__ = fail_again
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
@@ -124,23 +105,6 @@ def test_fifty_drivers_that_are_killed_leave_nothing() -> None:
         finally:
             for script in scripts:
                 script.__exit__()
-
-
-class Profiler:
-    """Needs its time to write what it has gathered."""
-
-    def __init__(self, path: str) -> None:
-        self.path = f"{path}.{worker_info().rank}"
-
-    def __enter__(self) -> Profiler:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with open(self.path, "w") as file:
-            for part in range(30):
-                file.write(f"{part}\n")
-                file.flush()
-                time.sleep(0.05)
 
 
 def test_a_worker_that_needs_its_time_to_leave_has_it(tmp_path: Path) -> None:

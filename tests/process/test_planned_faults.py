@@ -8,6 +8,7 @@ import time
 from itertools import pairwise
 
 import pytest
+from planned_faults_ranks import Worker
 
 from rankwise import (
     CallTimeout,
@@ -27,21 +28,6 @@ START = {
 }
 
 methods = pytest.mark.parametrize("method", START)
-
-
-class Worker:
-    def __init__(self):
-        self.ran = []
-
-    def echo(self, value):
-        self.ran.append(value)
-        return value
-
-    def all_that_ran(self):
-        return self.ran
-
-    def environment(self):
-        return sorted(name for name in os.environ if "RANKWISE" in name)
 
 
 @pytest.fixture

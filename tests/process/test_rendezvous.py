@@ -22,18 +22,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import cloudpickle
 import pytest
+from rendezvous_ranks import LIMIT, Meeting, Reduction
 
 from rankwise import WorkerGroup, worker_info
-
-# By value: a worker need not import this file, and pytest with it.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 GROUPS = 8
 ROUNDS = int(os.environ.get("RANKWISE_RENDEZVOUS_ROUNDS", "1"))
 ROUNDS_WITHOUT_TORCH = 50
-LIMIT = 120  # seconds, for one round
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
 
@@ -110,59 +106,7 @@ def _is_taken(port: int) -> bool:
     return False
 
 
-# -- the ranks --------------------------------------------------------------------------------
-
-
-class Meeting:
-    """Two ranks that meet at MASTER_PORT as torch's store does: rank 0 binds it, with SO_REUSEADDR,
-    on every interface, and listens; rank 1 connects."""
-
-    def __init__(self, group: int) -> None:
-        self.group = group
-
-    def meet(self) -> tuple[int, int]:
-        info = worker_info()
-        with socket.socket() as end:
-            if info.rank == 0:
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                end.bind(("", info.master_port))
-                end.listen(1)
-                end.settimeout(LIMIT)
-                with end.accept()[0] as peer:
-                    peer.sendall(self.group.to_bytes(2, "big"))
-                    theirs = peer.recv(2)
-            else:
-                until = time.monotonic() + LIMIT
-                while end.connect_ex(("127.0.0.1", info.master_port)):
-                    if time.monotonic() > until:
-                        raise TimeoutError(f"nobody listens on {info.master_port}")
-                    time.sleep(0.001)
-                end.settimeout(LIMIT)
-                end.sendall(self.group.to_bytes(2, "big"))
-                theirs = end.recv(2)
-        return int.from_bytes(theirs, "big"), info.master_port
-
-
-class Reduction:
-    """Two ranks of torch's process group, met by rankwise or by torch alone."""
-
-    def __init__(self, group: int, ours: bool) -> None:
-        import torch.distributed
-
-        self.group = group
-        if ours:
-            import rankwise.torch
-
-            rankwise.torch.init_process_group(timeout=LIMIT)
-        else:
-            torch.distributed.init_process_group("gloo")
-
-    def meet(self) -> tuple[float, int]:
-        import torch
-
-        total = torch.tensor([float(self.group)])
-        torch.distributed.all_reduce(total)
-        return total.item() / 2, worker_info().master_port
+# -- eight groups at once ----------------------------------------------------------------------
 
 
 def _rounds(count: int, start: object, label: str) -> None:

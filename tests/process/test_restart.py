@@ -11,28 +11,11 @@ from typing import Any
 
 import pytest
 from drivers import SECONDS, Script, Watch, in_thread, until
+from restart_ranks import FailsTheSecondTime, Meets, SlowTheSecondTime, TakesAnything, Worker
 
 from rankwise import GroupBroken, GroupClosed, Restart, StartupError, WorkerDied, WorkerGroup
 
 STARTS = ["spawn", "forkserver"]
-
-
-class Worker:
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def count(self) -> int:
-        self.calls += 1
-        return self.calls
-
-    def pids(self) -> tuple[int, int]:
-        return os.getpid(), os.getppid()
-
-    def die(self, number: int = signal.SIGKILL) -> None:
-        os.kill(os.getpid(), number)
-
-    def stay(self) -> None:
-        threading.Event().wait(3600)
 
 
 def open_descriptors() -> int:
@@ -145,18 +128,6 @@ def test_restarts_used_up_are_a_failure_that_is_told_once() -> None:
         with pytest.raises(GroupBroken, match="1 restart used up"):
             group.call(Worker.count)
         assert isinstance(group.failure, GroupBroken)
-
-
-class FailsTheSecondTime:
-    def __init__(self, path: str) -> None:
-        self.path = path
-        with open(path, "a") as file:
-            file.write("x")
-        if os.path.getsize(path) > 1:
-            raise ValueError("the weights are gone")
-
-    def die(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_starts_that_fail_count_and_their_reason_is_told(tmp_path: Any) -> None:
@@ -316,20 +287,6 @@ def test_torch_meets_again_after_a_restart(start_method: str) -> None:
         assert group.call(Meets.total) == [3, 3]
 
 
-class Meets:
-    def __init__(self) -> None:
-        import torch.distributed
-
-        torch.distributed.init_process_group("gloo")
-
-    def total(self) -> int:
-        import torch
-
-        mine = torch.tensor(torch.distributed.get_rank() + 1)
-        torch.distributed.all_reduce(mine)
-        return int(mine)
-
-
 def test_several_threads_see_one_restart() -> None:
     with WorkerGroup(Worker, 2) as group:
         before = group.pids
@@ -351,21 +308,9 @@ def test_a_start_that_cannot_be_made_says_why() -> None:
         assert group.healthy
 
 
-class TakesAnything:
-    def __init__(self, anything: Any) -> None:
-        pass
-
-
 def test_start_timeout_holds_for_a_restart(tmp_path: Any) -> None:
     path = tmp_path / "made"
     with WorkerGroup(SlowTheSecondTime, 1, args=(str(path),), start_timeout=2.0) as group:
         with pytest.raises(StartupError, match="not ready after 2 s"):
             group.restart()
         assert not group.healthy
-
-
-class SlowTheSecondTime:
-    def __init__(self, path: str) -> None:
-        if os.path.exists(path):
-            threading.Event().wait(3600)
-        open(path, "w").close()

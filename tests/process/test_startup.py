@@ -15,6 +15,7 @@ import time
 
 import pytest
 from drivers import Script, Watch, in_thread, until
+from startup_ranks import Runner
 
 from rankwise import StartupError, StartupTimeout, WorkerGroup
 
@@ -326,13 +327,6 @@ RANDOM = {
     "numpy": "import numpy; result = float(numpy.random.random())",
     "torch": "import torch; result = float(torch.rand(1))",
 }
-
-
-class Runner:
-    def run(self, code):
-        names = {}
-        exec(code, names)
-        return names["result"]
 
 
 @pytest.mark.parametrize("library", RANDOM)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import pickle
@@ -13,50 +12,17 @@ import time
 
 import pytest
 from drivers import in_thread, until
+from time_limits_ranks import Worker
 
 from rankwise import CallTimeout, StartupTimeout, WorkerGroup, _slow, worker_info
 from rankwise._messages import STACK_SIGNAL
 
 
-class Worker:
-    def __init__(self):
-        self.rank = worker_info().rank
-
-    def pid(self):
-        return os.getpid()
-
-    def load(self, path, slow=(1,)):
-        """All but the ranks `slow` return; these wait at the gate."""
-        print("compiling kernels", flush=True)
-        if self.rank in slow:
-            return self.wait_at(path)
-        return self.rank
-
-    def wait_at(self, path):
-        with open(path) as gate:
-            return gate.read()
-
-    def spin(self, path):
-        while not os.path.exists(path):
-            pass
-
-    def sleep_in_c(self, seconds):
-        """Holds the GIL, asleep in C code that a signal would wake. Returns how long it slept."""
-        began = time.monotonic()
-        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
-        return time.monotonic() - began
-
-    def block(self, seconds):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
-        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return "done"
-
-
 @pytest.fixture
 def group():
-    with WorkerGroup(Worker, 3, logs="off") as made:
-        yield made
+    made = WorkerGroup(Worker, 3, logs="off")
+    yield made
+    made.kill()  # not close(): a test that has failed has not opened its gate
 
 
 @pytest.fixture
@@ -103,7 +69,7 @@ def test_a_deadline_says_who_has_answered_and_what_the_others_do(start_method, g
         assert re.fullmatch(
             r"load\(\) has 2 of 3 answers after 1\.0 s; waiting for rank 1 of workers\n"
             rf"  rank 1: pid {group.pids[1]}, running load\(\) for [01]\.\d s, "
-            r"in test_time_limits\.py:\d+ wait_at; "
+            r"in time_limits_ranks\.py:\d+ wait_at; "
             r'last line: "compiling kernels"; asleep, \d+% CPU',
             str(error),
         )
@@ -138,7 +104,7 @@ def test_a_call_that_is_queued_says_behind_what(group, gate):
             group[1].options(timeout=0.3).call(Worker.pid)
         assert re.search(
             r"pid\(\) has 0 of 1 answers after 0\.3 s; waiting for rank 1 of workers\n  rank 1: "
-            r"pid \d+, queued behind wait_at\(\), running for \d+\.\d s, in test_time",
+            r"pid \d+, queued behind wait_at\(\), running for \d+\.\d s, in time_limits_ranks",
             str(caught.value),
         )
         assert caught.value.states == {1: "queued"}
@@ -306,7 +272,7 @@ def test_a_slow_call_is_logged_once_with_its_stacks_and_goes_on(group, gate, cap
     (text,) = slow_ones(caplog)
     assert re.match(
         r"load\(\) takes longer than 0\.3 s: it has 2 of 3 answers; waiting for rank 1 of workers\n"
-        r"  rank 1: pid \d+, running load\(\) for \d+\.\d s, in test_time_limits\.py:\d+ wait_at; "
+        r"  rank 1: pid \d+, running load\(\) for \d+\.\d s, in time_limits_ranks\.py:\d+ wait_at; "
         r'last line: "compiling kernels"',
         text,
     )

@@ -1,4 +1,4 @@
-"""Ranks without a model, for the executor by itself: without vLLM, whose import takes 20 s a rank."""
+"""Ranks without a model, for the executor itself: without vLLM, whose import takes a rank 20 s."""
 
 from __future__ import annotations
 

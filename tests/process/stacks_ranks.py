@@ -1,0 +1,79 @@
+"""What the ranks of these tests run: apart, so that no rank imports pytest for it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+from rankwise import worker_info
+
+
+class Worker:
+    def __init__(self):
+        self.rank = worker_info().rank
+
+    def pid(self):
+        return os.getpid()
+
+    def count_in_c(self, steps):
+        """Holds the GIL in C code all the while."""
+        return sum(range(steps))
+
+    def block(self, seconds):
+        """Holds the GIL in C code, asleep, and lets no signal through."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return "done"
+
+    def deep(self, depth, path):
+        if depth:
+            return self.deep(depth - 1, path)
+        with open(f"{path}.{self.rank}") as gate:
+            return gate.read()
+
+    def start_threads(self, number):
+        event = threading.Event()
+        for _ in range(number):
+            threading.Thread(target=event.wait, daemon=True).start()
+
+    def compute(self, seconds):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+
+    def churn(self, seconds):
+        """Threads that run Python all the time, come, and go."""
+        sys.setswitchinterval(1e-5)
+        until = time.monotonic() + seconds
+
+        def recurse(depth):
+            return recurse(depth - 1) if depth else 0
+
+        def run():
+            while time.monotonic() < until:
+                recurse(20)
+                exec("def f(n):\n    return [m for m in range(n)]\nf(10)", {})
+
+        threads = [threading.Thread(target=run) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        while time.monotonic() < until:
+            short = threading.Thread(target=recurse, args=(5,))
+            short.start()
+            short.join()
+        for thread in threads:
+            thread.join()
+        return "fine"
+
+    def crash(self):
+        ctypes.string_at(0)
+
+    def run(self, code):
+        space = {"worker": self}
+        exec(code, space)
+        return space.get("result")
