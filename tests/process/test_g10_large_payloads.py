@@ -522,7 +522,7 @@ group.close()
 
 
 def test_alarms_that_raise_during_large_calls_mix_up_nothing():
-    with Script(STRIKES, "8") as script:
+    with Script(STRIKES, "4") as script:
         said = script.line(60)
         assert said["wrong"] == []
         assert said["struck"] > 100
