@@ -107,10 +107,10 @@ class Launcher:
 
     def _serve(self) -> bool:
         """Start ranks, and serve until they are gone. False: so shall we."""
-        self._finishing = False
         while not self._finishing:
             self._turn(self._dumps.timeout())
             self._read_logs()
+        self._finishing = False
         return self._finish()
 
     # -- one turn -----------------------------------------------------------------------------

@@ -168,6 +168,13 @@ def test_an_orderly_end_is_status_0_and_the_launcher_stays_until_finish(start: S
     assert group.finish() == []
 
 
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_a_finish_that_comes_with_the_launch_is_heard(start: Start, start_method: str) -> None:
+    """A driver whose start was interrupted says both before the launcher has begun to listen."""
+    group = start(2, start_method=start_method, wait=False)
+    assert group.finish() == []
+
+
 def test_a_signal_goes_to_the_ranks_that_are_named_and_to_their_children(start: Start) -> None:
     group = start(3)
     (child,) = group.ask(f"{BORN}\nresult = [born()]", 1)  # type: ignore[misc]
