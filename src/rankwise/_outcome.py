@@ -114,7 +114,21 @@ def format_traceback(error: BaseException) -> str:
             trace = trace.tb_next
         return "".join(traceback.format_exception(type(error), error, trace))
     except BaseException:
-        return f"(the traceback of a {type(error).__name__} could not be written)"
+        return _bare_traceback(error)
+
+
+def _bare_traceback(error: BaseException) -> str:
+    """As `format_traceback`, but without what has to be imported or opened for it."""
+    lines = ["Traceback (most recent call last):\n"]
+    trace = error.__traceback__
+    while trace is not None:
+        if not _is_ours(trace.tb_frame):
+            code = trace.tb_frame.f_code
+            place = f'"{code.co_filename}", line {trace.tb_lineno}, in {code.co_name}'
+            lines.append(f"  File {place}\n")
+        trace = trace.tb_next
+    lines.append(f"{type(error).__name__} (its traceback could not be written in full)\n")
+    return "".join(lines)
 
 
 def _is_ours(frame: FrameType) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import sys
 import threading
 
 import pytest
 
-from rankwise._outcome import Failed, capture, encode_failure, failed_at, failure
+from rankwise._outcome import Failed, capture, encode_failure, failed_at, failure, format_traceback
 from rankwise.errors import RemoteError
 
 
@@ -140,3 +141,17 @@ def test_a_traceback_of_any_depth_travels():
     arrived = failure(encode_failure(outcome), 0, 1, "deep")
     assert type(arrived) is RecursionError
     assert "RecursionError" in arrived.__cause__.remote_traceback
+
+
+def test_a_traceback_is_told_where_nothing_can_be_imported(monkeypatch):
+    """A rank that is out of descriptors must still say what has failed, and where."""
+    monkeypatch.setitem(sys.modules, "traceback", None)
+
+    def fails():
+        raise ValueError("no")
+
+    text = format_traceback(capture(fails).error)
+    first, place, last = text.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert place.startswith(f'  File "{__file__}", line ') and place.endswith(" in fails")
+    assert last == "ValueError (its traceback could not be written in full)"
