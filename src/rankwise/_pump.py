@@ -28,13 +28,13 @@ import os
 import select
 import threading
 import time
-from functools import partial
 
 from rankwise._calls import Call
 from rankwise._deadline import clock
 from rankwise._lead import Lead, Waiter
 from rankwise._ledger import Ledger
 from rankwise._sockets import IN, OUT, Sockets
+from rankwise._wake import Wake, nothing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,12 +73,11 @@ class Pump:
         self.closed = False
         self.traffic = False  # something was submitted since the keeper's last look
         self._ready = self.sockets.ready
-        self._leader_wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        rouse, kick = Wake(), Wake()
+        self._leader_wake, self.keeper_wake = rouse.fd, kick.fd
         self._ready.register(self._leader_wake, IN)
-        self.keeper_wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        # C callables: between an exception and the end of such a call no handler can run.
-        self.kick: Callable[[], None] = partial(os.eventfd_write, self.keeper_wake, 1)
-        self._rouse: Callable[[], None] = partial(os.eventfd_write, self._leader_wake, 1)
+        self._rouse: Callable[[], None] = rouse
+        self.kick: Callable[[], None] = kick
         self.outer = select.epoll()  # the keeper sleeps in this one
         self.outer.register(self._ready.fileno(), 0)
         self.outer.register(self.keeper_wake, IN)
@@ -387,12 +386,6 @@ class Pump:
         taken, which another thread may have held, and no epoll is changed, which the parent shares.
         """
         self.closed = True
-        self.kick = self._rouse = _nothing
+        self.kick = self._rouse = nothing
         self.sockets.close()
         self.outer.close()
-        os.close(self._leader_wake)
-        os.close(self.keeper_wake)
-
-
-def _nothing() -> None:
-    pass

@@ -206,6 +206,17 @@ def test_close_waits_for_the_calls_that_were_submitted(state, tmp_path):
     assert [future.result(0) for future in futures] == [[number] for number in range(200)]
 
 
+def test_a_wake_up_that_is_under_way_keeps_its_descriptor_through_the_end(state):
+    """Several threads may close: one of them writes while another has closed everything."""
+    group = WorkerGroup(Worker, 1)
+    kick = group._seat.engine.pump.kick
+    group.close()
+    assert set(descriptors()) - set(state.descriptors) == {kick.args[0]}
+    kick()
+    del kick
+    state.assert_same()
+
+
 def test_close_from_several_threads_and_a_second_time(state):
     group = WorkerGroup(Worker, 2)
     closing = [in_thread(group.close) for _ in range(8)]
