@@ -11,7 +11,7 @@ from _pickle import loads as plain_loads
 from rankwise._calls import Broken, Call, Cancelled, Closed, Error, Expired, Garbled, Lost, Stuck
 from rankwise._interrupts import is_interrupt
 from rankwise._messages import FAILED, OK
-from rankwise._outcome import failed_at, failure
+from rankwise._outcome import add_note, failed_at, failure
 from rankwise._report import look
 from rankwise._stacks import ranks_text
 from rankwise.errors import (
@@ -41,7 +41,7 @@ def take(call: Call, engine: Engine) -> Any:
     answers = call.answers
     if call.error is not None or call.reply_from is not None:
         return _take_some(call, engine)
-    for kind, _ in answers.values():  # they are complete: nothing comes in any more
+    for kind, _ in list(answers.values()):  # late ones may still come in
         if kind == FAILED:
             return _take_some(call, engine)
     arena = engine.arena
@@ -114,7 +114,7 @@ def _earliest(failures: Mapping[int, bytes], call: Call, engine: Engine) -> Exce
     }
     first = errors[order[0]]
     for line in _consequences(order, errors, when):
-        first.add_note(line)
+        add_note(first, line)
     try:
         first.failures = errors  # type: ignore[attr-defined]
     except AttributeError:

@@ -195,10 +195,11 @@ class GroupFuture(Future[T]):
                 self._error = error.with_traceback(None)  # where it was made says nothing
             self._decoded = True
             # The pickled values have done their work; a failure may still break the group.
-            self._call.answers = {
-                rank: answer if answer[0] == FAILED else (answer[0], b"")
-                for rank, answer in list(self._call.answers.items())
-            }
+            # In place: a leader puts late answers into this very dict, and counts them there.
+            answers = self._call.answers
+            for rank, (kind, _) in list(answers.items()):
+                if kind != FAILED:
+                    answers[rank] = (kind, b"")
 
     def __await__(self) -> Generator[Any, None, T]:
         call = self._call

@@ -7,22 +7,40 @@ about the object at hand: it has to pass.
 
 from __future__ import annotations
 
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
 
 def is_interrupt(error: BaseException) -> bool:
     """Whether `error`, or what it was raised over, came out of a Python signal handler."""
     if isinstance(error, KeyboardInterrupt):
         return True
     codes = _handler_codes()
-    seen: BaseException | None = error
+    seen = error
     for _ in range(8):
-        if seen is None:
-            return False
         trace = seen.__traceback__
         while trace is not None:
             if trace.tb_frame.f_code in codes:
                 return True
             trace = trace.tb_next
-        seen = seen.__context__
+        context = seen.__context__
+        if context is None or _is_being_handled(context):
+            return False
+        seen = context
+    return False
+
+
+def _is_being_handled(error: BaseException) -> bool:
+    """Whether it was caught by who is still at it: a caller of ours, in an `except` of its own."""
+    caught_in = error.__traceback__.tb_frame if error.__traceback__ is not None else None
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame is caught_in:
+            return True
+        frame = frame.f_back
     return False
 
 

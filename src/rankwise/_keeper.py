@@ -24,7 +24,7 @@ from rankwise._background import Background
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
 from rankwise._lookout import Lookout, Sight
-from rankwise._pump import NEVER, TICK
+from rankwise._pump import LONG_SLEEP, NEVER, TICK
 from rankwise._status import DONE, LATE, POLLS
 
 TYPE_CHECKING = False
@@ -99,7 +99,7 @@ class Keeper:
             if self._engine.next_step is not None:
                 until = min(until, self._engine.next_step)
             pump.wake_at = until
-        return None if until == NEVER else max(0.0, until - now)
+        return None if until == NEVER else min(max(0.0, until - now), LONG_SLEEP)
 
     def _handle(self, fds: set[int]) -> None:
         pump = self._pump

@@ -10,6 +10,7 @@ says so: a rank that sleeps, or has finished a later call, has not lost it (`_lo
 
 from __future__ import annotations
 
+import os
 from _queue import SimpleQueue
 from _thread import allocate_lock
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         @property
         def arena(self) -> Arena | None: ...
         def reply(self, kind: int, call_id: int, body: bytes) -> None: ...
+        def hang_up(self) -> None: ...
 
 
 class Late:
@@ -88,6 +90,13 @@ class LateAnswers:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._answer_all()
+        except BaseException:
+            self._channel.hang_up()  # what it owes would never come, and nobody is to wait for it
+            raise
+
+    def _answer_all(self) -> None:
         arena = self._channel.arena
         place = Place(self._place.info, self._place.words)
         place.rank0 = self._place.rank0
@@ -106,6 +115,8 @@ class LateAnswers:
                 kind, answer = FAILED, encode_failure(Failed(error), where, arena)
             del item, late
             value = None
+            if self._place.forked:
+                os._exit(0)  # a child that `get` forked has come out of it: the parent answers
             if type(answer) is Lent:
                 kind = OK_LENT if kind == OK else FAILED_LENT
                 answer.hold.pending.clear()

@@ -51,9 +51,9 @@ class Ledger:
     """The open calls of one group of `world_size` ranks."""
 
     __slots__ = (
-        "_barriers", "_dropping", "_last_id", "_placing", "_timers", "broken", "closing", "dead",
-        "exiting", "explains", "hung", "inflight", "late", "open", "overdue", "queues", "reports",
-        "settled", "slow", "world_size",
+        "_barriers", "_dropping", "_last_id", "_placing", "_timers", "broken", "cancelled",
+        "closing", "dead", "exiting", "explains", "hung", "inflight", "late", "open", "overdue",
+        "queues", "reports", "settled", "slow", "world_size",
     )  # fmt: skip
 
     def __init__(self, world_size: int) -> None:
@@ -71,6 +71,7 @@ class Ledger:
         self.dead: dict[int, Exited | None] = {}
         self.hung: set[int] = set()
         self.late = 0  # answers to calls that were settled without them
+        self.cancelled: set[int] = set()  # under way to some ranks, and queued for others yet
         self.queues: list[deque[Call]] = [
             deque() for _ in range(world_size)
         ]  # not sent yet, a rank
@@ -307,6 +308,16 @@ class Ledger:
         self._drop(call, Cancelled())
         return True
 
+    def to_be_told(self, call: Call) -> list[int]:
+        """The ranks that are under way with `call`, which was cancelled. Those for which it is
+        queued yet are to be told when it is sent to them: it is among `cancelled`."""
+        missing = call.missing()
+        under_way = [rank for rank in missing if call.id in self.inflight[rank]]
+        self.cancelled.intersection_update(self.open)
+        if len(under_way) < len(missing):
+            self.cancelled.add(call.id)
+        return under_way
+
     def drop_queued(self, error: Error) -> None:
         """Drop every call of which no byte has been sent."""
         self.mend()
@@ -348,7 +359,9 @@ class Ledger:
         while timers and timers[0][0] <= now:
             _, what, number = timers[0]
             if what == HANGUP:
-                if number not in self.dead and self.broken is None and not self.closing:
+                # In the order of an end a rank goes when it owes nothing.
+                leaves = self.closing and not self.inflight[number]
+                if number not in self.dead and self.broken is None and not leaves:
                     self.break_group(Garbled(number, "it closed its channel but did not exit"))
             else:
                 call = self.open.get(number)

@@ -57,7 +57,7 @@ def encode_failure(failed: Failed, where: str = "", arena: Arena | None = None) 
     text = format_traceback(error)
     name = _type_name(type(error))
     try:
-        message = str(error)
+        message = str.__str__(str(error))  # an enum's member, say, would not be told from junk
     except BaseException:
         message = "(its message could not be made)"
     told = (failed.when, name, message, text, where)
@@ -192,6 +192,17 @@ def failure(body: bytes, rank: int, pid: int, method: str) -> Exception:
         return remote
     if not isinstance(error, Exception):
         return remote
-    error.__cause__ = remote
-    error.add_note(where)
+    BaseException.__setattr__(error, "__cause__", remote)  # a frozen dataclass refuses its own
+    add_note(error, where)
     return error
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """As `error.add_note(note)`, whatever its class says to being changed."""
+    try:
+        error.add_note(note)
+    except Exception as reason:
+        if is_interrupt(reason):
+            raise
+        notes = [*getattr(error, "__notes__", ()), note]
+        BaseException.__setattr__(error, "__notes__", notes)

@@ -106,11 +106,13 @@ class Port:
             return
         self._news.append(call)
         if not self._told:
-            self._told = True
             try:
+                self._told = True
                 self.loop.call_soon_threadsafe(self._deliver)
-            except RuntimeError:
-                pass  # the loop is closed: nobody waits in it
+            except BaseException:
+                self._told = False  # struck: whoever tells of it once more calls again
+                if not self.loop.is_closed():  # nobody waits in a closed one
+                    raise
 
     def _deliver(self) -> None:
         self._told = False
@@ -123,9 +125,11 @@ class Port:
                 waiter.set_result(None)
 
     def _readable(self) -> None:
-        if not self._pump.lead_once():
-            with self._pump.lock:
-                self.arm(False)  # somebody leads; the end of the lead arms it again
+        pump = self._pump
+        if not pump.lead_once():
+            with pump.lock:
+                if pump.lead.current() is not None:  # it may have ended since, and armed this
+                    self.arm(False)  # somebody leads; the end of the lead arms it again
 
     def close(self) -> None:
         """Leave the loop. From any thread: a loop that runs elsewhere removes its own reader."""

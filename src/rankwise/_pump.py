@@ -31,6 +31,7 @@ import time
 
 from rankwise._calls import Call
 from rankwise._deadline import clock
+from rankwise._interrupts import is_interrupt
 from rankwise._lead import Lead, Waiter
 from rankwise._ledger import Ledger
 from rankwise._sockets import IN, OUT, Sockets
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 TICK = 0.4  # seconds between the keeper's looks at open calls
+LONG_SLEEP = 1e6  # seconds; the kernel takes milliseconds, as an int
 LOOKS = 16  # looks at the ranks' news before one at the sockets themselves
 
 
@@ -272,7 +274,7 @@ class Pump:
                 if now < began + self.spin.budget:
                     os.sched_yield()
                     continue
-                events = poll(None if until is None else until - now)
+                events = poll(None if until is None else min(until - now, LONG_SLEEP))
             self._serve(events)
         if began and call.done:
             self.spin.waited(clock() - began)
@@ -338,8 +340,10 @@ class Pump:
             for watcher in call.watchers or ():
                 try:
                     watcher()
-                except RuntimeError:
-                    pass  # a gate that is open already
+                except RuntimeError as error:
+                    if is_interrupt(error):
+                        raise
+                    # a gate that is open already
             self.announce(call)
             with self.lock:
                 if settled and settled[0] is call:

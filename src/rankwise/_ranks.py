@@ -11,6 +11,7 @@ from rankwise._status import PHASE, PHASES, READY, RUNNING, SINCE
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from rankwise._calls import Call
+    from rankwise._ledger import Ledger
     from rankwise._messages import Exited
     from rankwise._status import StatusPage
 
@@ -51,10 +52,10 @@ class Ranks:
         """The id of the call that `rank` is in; 0: none."""
         return self.word(rank, RUNNING)
 
-    def cancel(self, call: Call) -> None:
-        """Tell the ranks that owe `call` that it was cancelled."""
+    def cancel(self, call: Call, ledger: Ledger) -> None:
+        """Tell the ranks that owe `call` that it was cancelled. With the ledger's lock held."""
         if self._status is not None:
-            for rank in call.missing():
+            for rank in ledger.to_be_told(call):
                 self._status.cancel(rank, call.id)
 
     def state(self, rank: int, call_id: int | None = None) -> tuple[str, float]:

@@ -30,7 +30,7 @@ from rankwise._messages import (
     WANT_VALUE,
 )
 from rankwise._methods import method_name
-from rankwise._outcome import Failed, capture, encode_failure, format_traceback
+from rankwise._outcome import Failed, add_note, capture, encode_failure, format_traceback
 from rankwise._rankinfo import RankInfo
 from rankwise._status import CONSTRUCT, DONE, IMPORT, PHASE, READY, RUNNING, SINCE
 from rankwise._status import EXIT as EXITING
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         def arena(self) -> Arena | None: ...
         def receive(self) -> tuple[int, int, int, Body] | None: ...
         def reply(self, kind: int, call_id: int, body: bytes) -> None: ...
+        def hang_up(self) -> None: ...
 
 
 def serve(
@@ -128,6 +129,8 @@ def serve(
             place.call_id = 0
             kind, answer = ACK, b""
             if kind_of is Late:
+                if late is None:
+                    late = LateAnswers(channel, place)
                 later = value
             elif flags & WANT_VALUE:
                 kind, answer = OK, encode_result(value, arena)
@@ -139,8 +142,8 @@ def serve(
         if place.forked:
             return  # a child that the method forked has come out of it: the parent answers
         if later is not None:
-            if late is None:
-                late = answers = LateAnswers(channel, place)
+            assert late is not None
+            answers = late
             late.put(later, call_id, flags)
             later = None
             words[RUNNING] = 0
@@ -165,7 +168,7 @@ def _failed(error: BaseException, place: _context.Place, arena: Arena | None) ->
     place.call_id = 0
     if not place.method:
         if isinstance(error, Exception):
-            error.add_note("raised while the arguments were rebuilt in the worker")
+            add_note(error, "raised while the arguments were rebuilt in the worker")
         return encode_failure(Failed(error), "", arena)
     return encode_failure(Failed(error), place.where(), arena)
 
@@ -202,6 +205,8 @@ def _construct(
         return worker
 
     worker = capture(make)
+    if place.forked:
+        return None  # a child that the constructor forked has come out of it
     if type(worker) is Failed:
         answer = encode_failure(worker, "", channel.arena)
         if type(answer) is Lent:

@@ -69,6 +69,7 @@ class Sockets:
             DriverChannel(sock, None if status is None else status.words(rank))
             for rank, sock in enumerate(sockets)
         ]
+        self._status = status
         self._news = News(len(sockets)) if news is None else news
         self._heard = b""  # the news that there is nothing to be taken for
         self.ready = select.epoll()
@@ -111,6 +112,8 @@ class Sockets:
             call = ledger.next_to_send(rank)
             if call is None:
                 break
+            if call.id in ledger.cancelled and self._status is not None:
+                self._status.cancel(rank, call.id)
             flags = WANT_VALUE if call.reply_from is None or call.reply_from == rank else 0
             head = b""
             if call.deadline is not None:
@@ -158,6 +161,7 @@ class Sockets:
         All of them first give what they have, and then it is fed, with the lock taken once.
         """
         channels = self.channels
+        ledger = self._ledger
         plain = []
         came = []
         bad: list[tuple[int, str]] = []
@@ -166,6 +170,8 @@ class Sockets:
         for rank in ranks:
             channel = channels[rank]
             if channel.eof:
+                if rank not in ledger.hung and rank not in ledger.dead:
+                    ended.append(rank)  # who has read the end was struck before it said so
                 continue
             if channel.receive():
                 more = True
@@ -186,7 +192,6 @@ class Sockets:
                 came.append((rank, channel, frames, data, used))
         if plain or came:
             now = clock()
-            ledger = self._ledger
             reply = ledger.reply
             queues = ledger.queues
             with self._lock:
@@ -209,7 +214,7 @@ class Sockets:
         for rank in ended:
             with self._lock:
                 self._forget(self.channels[rank])
-                self._ledger.hangup(rank, clock())
+                ledger.hangup(rank, clock())
                 self._on_news()
         return more
 

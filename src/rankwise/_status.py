@@ -108,6 +108,8 @@ class StatusPage:
     def cancel(self, rank: int, call_id: int) -> None:
         """Tell `rank` that call `call_id`, which is under way to it, was cancelled."""
         base = rank * WORDS
+        if call_id in self._words[base + CANCELLED : base + WORDS]:
+            return  # told again and again it would push out the others
         at = self._words[base + NEXT_CANCEL]
         self._words[base + CANCELLED + at % RING] = call_id
         self._words[base + NEXT_CANCEL] = at + 1

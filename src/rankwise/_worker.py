@@ -81,7 +81,11 @@ def serve_process(
     try:
         serve(seen, page.words(rank), prepare, before)
     except BadFrame as error:
+        channel.hang_up()
         sys.exit(f"rankwise: rank {rank} cannot go on: the driver has sent {error}")
+    except BaseException:
+        channel.hang_up()  # a thread of the user's may keep the process alive
+        raise
     left = _context.current_place()
     if left is not None:
         left.owner = None  # the worker object may go

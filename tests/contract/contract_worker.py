@@ -88,6 +88,9 @@ class Worker:
         self.pass_gate(path)
         return current_call().cancelled()
 
+    def cancelled_now(self) -> bool:
+        return current_call().cancelled()
+
     def fail_or_wait(self, failing: list[int], path: str, message: str = "no") -> int:
         """Fail on the ranks `failing`; the others wait at the gate."""
         if self.rank in failing:

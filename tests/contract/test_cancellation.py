@@ -102,3 +102,19 @@ def test_callbacks_and_wait_hear_of_a_cancellation(group, gate):
     gate.open(0, 1, 2)
     group.flush()
     group.call(Worker.take_seen)
+
+
+def test_more_calls_are_cancelled_than_a_rank_can_be_told_of_at_once(group, gate):
+    """One rank is behind: what is queued for it is told when it comes, and its own is not lost."""
+    first = group[1].submit(Worker.cancelled_at_gate, gate.path)
+    gate.entered(1)
+    rest = [group.submit(Worker.cancelled_now) for _ in range(400)]
+    for future in rest:  # rank 0 has answered each, and 2 too
+        while len(future._call.answers) < 2:
+            pass
+    assert not any(future.cancel() for future in rest)
+    for _ in range(300):
+        assert first.cancel() is False
+    gate.open(1)
+    assert first.result(timeout=20) is True
+    assert [future.result(timeout=20)[1] for future in rest] == [True] * 400

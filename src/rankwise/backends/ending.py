@@ -152,10 +152,8 @@ class Ending:
             pump.ledger.closing = True
             if drop:
                 pump.ledger.drop_queued(Closed())
-            open_calls = list(pump.ledger.open.values())
-        if drop:
-            for call in open_calls:
-                engine.ranks.cancel(call)
+                for call in list(pump.ledger.open.values()):
+                    engine.ranks.cancel(call, pump.ledger)
         pump.tell()
         drained = Call("close", b"", ())
         engine.barrier(drained)

@@ -65,6 +65,9 @@ class QueueChannel:
     def reply(self, kind: int, call_id: int, body: bytes) -> None:
         self._engine.reply(self._rank, kind, call_id, body)
 
+    def hang_up(self) -> None:
+        self._engine.hang_up(self._rank)
+
 
 class InlineEngine:
     """One group of threads."""
@@ -149,6 +152,8 @@ class InlineEngine:
             if call.deadline is not None:
                 flags |= HAS_DEADLINE
                 body = DEADLINE.pack(call.deadline) + body
+            if call.id in self._ledger.cancelled:
+                self._status.cancel(rank, call.id)
             self._ledger.sent(rank, call)
             self._channels[rank].frames.put((call.kind, flags, call.id, body))
 
@@ -215,6 +220,12 @@ class InlineEngine:
             self._news.notify_all()
         return None
 
+    def hang_up(self, rank: int) -> None:
+        """`rank` answers no more, though its thread lives."""
+        with self._lock:
+            self._ledger.hangup(rank, self._now())
+            self._news.notify_all()
+
     def barrier(self, call: Call) -> None:
         with self._lock:
             self._ledger.barrier(call)
@@ -253,7 +264,7 @@ class InlineEngine:
         with self._lock:
             dropped = self._ledger.cancel(call)
             if not dropped and not call.ended:
-                self.ranks.cancel(call)
+                self.ranks.cancel(call, self._ledger)
         self._tell()
         return dropped
 
@@ -323,7 +334,7 @@ class InlineEngine:
             if drop:
                 self._ledger.drop_queued(Closed())
                 for call in list(self._ledger.open.values()):
-                    self.ranks.cancel(call)
+                    self.ranks.cancel(call, self._ledger)
         self._tell()
         drained = Call("close", b"", ())
         self.barrier(drained)

@@ -121,7 +121,7 @@ class LocalEngine:
         with self.pump.lock:
             dropped = self.pump.ledger.cancel(call)
             if not dropped and not call.ended:
-                self.ranks.cancel(call)
+                self.ranks.cancel(call, self.pump.ledger)
         self.pump.spread()
         return dropped
 

@@ -87,6 +87,9 @@ class FaultyChannel:
     def arena(self) -> Arena | None:
         return self._channel.arena
 
+    def hang_up(self) -> None:
+        self._channel.hang_up()
+
     def receive(self) -> tuple[int, int, int, bytes | bytearray | memoryview] | None:
         while True:
             frame = self._channel.receive()

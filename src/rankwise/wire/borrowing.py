@@ -89,8 +89,11 @@ class Borrower:
             return body.load()
         try:
             memories, buffers, stream = self._open(body)
-        except MemoryError:
-            self._lease((), body, sender)
+        except (MemoryError, OSError):  # an import needs a descriptor
+            try:
+                self._lease((), body, sender)
+            except OSError:
+                pass  # as in `receive`
             raise
         unloaded = _Unloaded() if HEAD.unpack_from(body)[3] else None
         if unloaded is not None:
@@ -119,7 +122,7 @@ class Borrower:
                     memories.append(received.unloaded)
                 received.memories = memories
                 received.opened = buffers, stream
-            except MemoryError:
+            except (MemoryError, OSError):  # no room, or no descriptor to import `mapping` by
                 pass  # told to who asks for it, not to who happens to lead
             coming[sequence] = received
         if not received.leased:

@@ -202,6 +202,13 @@ class WorkerChannel:
             self._send_rest(body, 0)
         self.news[self.place] = self._sent
 
+    def hang_up(self) -> None:
+        """Answer no more: the driver takes the end of file for a rank that it must not wait for."""
+        try:
+            self._sock.shutdown(2)  # SHUT_RDWR
+        except OSError:
+            pass  # it has gone already
+
     def _send_rest(self, part: bytes, done: int) -> None:
         send = self._send
         room = select.poll()
