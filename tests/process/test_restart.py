@@ -5,15 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import socket
 import sys
 import threading
 from typing import Any
 
 import pytest
-from drivers import SECONDS, Script, Watch, in_thread, until
+from drivers import SECONDS, Script, Watch, in_thread, readable, until
 from restart_ranks import FailsTheSecondTime, Meets, SlowTheSecondTime, TakesAnything, Worker
 
 from rankwise import GroupBroken, GroupClosed, Restart, StartupError, WorkerDied, WorkerGroup
+from rankwise.backends.launching import Held
 
 STARTS = ["spawn", "forkserver"]
 
@@ -297,9 +299,10 @@ def test_several_threads_see_one_restart() -> None:
         assert group.call(Worker.count) == [1, 1]
 
 
-def test_a_start_that_cannot_be_made_says_why() -> None:
+@pytest.mark.parametrize("start_method", STARTS)
+def test_a_start_that_cannot_be_made_says_why(start_method: str) -> None:
     made_of: list[Any] = []
-    with WorkerGroup(TakesAnything, 1, args=(made_of,)) as group:
+    with WorkerGroup(TakesAnything, 1, args=(made_of,), start_method=start_method) as group:
         made_of.append(threading.Lock())
         with pytest.raises(TypeError, match="lock"):
             group.restart()
@@ -308,9 +311,67 @@ def test_a_start_that_cannot_be_made_says_why() -> None:
         assert group.healthy
 
 
-def test_start_timeout_holds_for_a_restart(tmp_path: Any) -> None:
+@pytest.mark.parametrize("start_method", STARTS)
+def test_start_timeout_holds_for_a_restart(start_method: str, tmp_path: Any) -> None:
     path = tmp_path / "made"
-    with WorkerGroup(SlowTheSecondTime, 1, args=(str(path),), start_timeout=2.0) as group:
+    with WorkerGroup(
+        SlowTheSecondTime, 1, args=(str(path),), start_method=start_method, start_timeout=2.0
+    ) as group:
         with pytest.raises(StartupError, match="not ready after 2 s"):
             group.restart()
         assert not group.healthy
+        path.unlink()
+        # By now others may have the numbers of the descriptors that led to the first launcher.
+        others = [os.open(os.devnull, os.O_RDONLY) for _ in range(40)]
+        group.restart()
+        assert group.healthy
+        for fd in others:
+            os.close(fd)
+
+
+def test_a_start_that_fails_takes_the_launcher_with_it_and_the_next_has_its_own() -> None:
+    launchers: list[int] = []
+
+    def reload(ranks: Any) -> None:
+        launchers.append(ranks[0].call(Worker.pids)[1])
+        if len(launchers) < 3:
+            raise ValueError("not yet")
+
+    with WorkerGroup(
+        Worker, 2, start_method="forkserver", restart=Restart(3, 0.0, reload)
+    ) as group:
+        first = group[0].call(Worker.pids)[1]
+        with pytest.raises(WorkerDied):
+            group[0].call(Worker.die)
+        group.wait_ready(SECONDS)
+        assert group.call(Worker.count) == [1, 1]
+    assert launchers[0] == first
+    assert len(set(launchers)) == 3
+
+
+@pytest.mark.parametrize("held_open", [False, True], ids=["closed", "socket-held-open"])
+def test_a_warm_launcher_that_is_killed_costs_no_start(
+    held_open: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grant = Held.grant
+    killed: list[int] = []
+
+    def kill_first(warm: Held, fds: list[int]) -> None:
+        killed.append(warm.process.pid)
+        warm.process.kill()
+        assert readable(warm.pidfd)
+        if not held_open:
+            return grant(warm, fds)
+        # As where a process that the launcher had forked lives on, and has its end.
+        assert warm.grants is not None
+        warm.grants.close()
+        warm.grants, other = socket.socketpair()
+        with other:
+            return grant(warm, fds)
+
+    monkeypatch.setattr(Held, "grant", kill_first)
+    with WorkerGroup(Worker, 2, start_method="forkserver") as group:
+        group.restart()
+        assert group.call(Worker.count) == [1, 1]
+        assert len(killed) == 1
+        assert group[0].call(Worker.pids)[1] not in killed

@@ -57,25 +57,28 @@ class Held:
         self.pidfd = pidfd
         self.control = control
         self.grants = grants  # how a launcher that has ranks no more is given descriptors anew
-        self._ours = True
+        self.ours = True  # neither handed over nor closed
 
     def hand_over(self) -> Held:
         """The same, for another owner; this one has nothing left to close."""
-        self._ours = False
+        self.ours = False
         return Held(self.process, self.pidfd, self.control, self.grants)
 
     def grant(self, fds: list[int]) -> None:
-        """Give the launcher copies of `fds`, for the Launch that follows."""
+        """Give the launcher copies of `fds`, for the Launch that follows. Raises OSError."""
         assert self.grants is not None
+        # Not every socket breaks with its process: one that this had forked may hold it open.
+        if self.process.poll() is not None:
+            raise ProcessLookupError(f"the launcher (pid {self.process.pid}) has ended")
         for begin in range(0, len(fds), FDS_A_MESSAGE):
             batch = array("i", fds[begin : begin + FDS_A_MESSAGE])
             self.grants.sendmsg([b"g"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, batch)])
 
     def close(self) -> None:
         """The last resort of a start that failed half way; an orderly end leaves it little."""
-        if not self._ours:
+        if not self.ours:
             return
-        self._ours = False
+        self.ours = False
         if self.process.returncode is None:
             self.process.kill()
             self.process.wait()
@@ -111,10 +114,6 @@ def start_launcher(spec: GroupSpec, stack: ExitStack, warm: Held | None) -> Star
     """Tell a launcher, the `warm` one or one of their own, to start the ranks of `spec`, which
     then wait for their Boot."""
     size = spec.world_size
-    held = None
-    if warm is not None:
-        held = warm.hand_over()
-        stack.callback(held.close)
     _occupy_standard_descriptors(stack)
     reserved = stack.enter_context(_reserve_port())
     infos = _environment.rank_infos(spec, "127.0.0.1", reserved.getsockname()[1])
@@ -147,11 +146,11 @@ def start_launcher(spec: GroupSpec, stack: ExitStack, warm: Held | None) -> Star
         if arena is not None:
             stack.callback(arena.close)
         for_them = [*(other.fileno() for other in theirs), status_fd]
-        if held is not None:
-            held.grant(for_them)
-        else:
+        held = None if warm is None else _take_over(warm, for_them)
+        granted = held is not None
+        if held is None:
             held = _start_process(spec, flags, environments, for_them)
-            stack.callback(held.close)
+        stack.callback(held.close)
         held.control.send(
             Launch(
                 name=spec.name,
@@ -162,7 +161,7 @@ def start_launcher(spec: GroupSpec, stack: ExitStack, warm: Held | None) -> Star
                 environments=environments,
                 worker_fds=for_them[:-1],
                 status_fd=status_fd,
-                granted=warm is not None,
+                granted=granted,
                 preload=spec.preload,
                 mode=spec.logs,
                 color=spec.logs == "prefix" and use_color(),
@@ -175,6 +174,19 @@ def start_launcher(spec: GroupSpec, stack: ExitStack, warm: Held | None) -> Star
             other.close()
         if status_fd >= 0:
             os.close(status_fd)
+
+
+def _take_over(warm: Held, for_ranks: list[int]) -> Held | None:
+    """The launcher of `warm` for a new owner, with copies of what is `for_ranks`; None where it is
+    of no use: it ended with a start before this one, which failed, or it was killed meanwhile."""
+    if not warm.ours:
+        return None
+    try:
+        warm.grant(for_ranks)
+    except (OSError, MemoryError):
+        warm.close()  # also because it may have some of them
+        return None
+    return warm.hand_over()
 
 
 def _start_process(
