@@ -10,6 +10,9 @@ class Worker:
     def echo(self, value):
         return value
 
+    def parent(self):
+        return os.getppid()
+
     def fork(self, how):
         """A child that holds whatever it inherited, and does nothing."""
         import ctypes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -60,6 +61,34 @@ def test_a_worker_with_a_forked_child_goes_on_answering(group, how):
         assert watch.left(0) == [child]
         group.close()
         assert watch.left(1) == []
+
+
+@pytest.mark.parametrize("stage", ["running", "close"])
+def test_the_launchers_death_is_seen_while_others_hold_its_descriptors(monkeypatch, stage):
+    """As a child does that another thread of the driver forks in the middle of a start, or a
+    helper that a preloaded module has forked."""
+    held = []
+
+    class HeldOpen(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            held.extend(map(os.dup, kwargs["pass_fds"]))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", HeldOpen)
+    group = WorkerGroup(Worker, 2, logs="off")
+    monkeypatch.undo()
+    try:
+        launcher = group[0].call("parent")
+        waits = group.submit("run", os.devnull) if stage == "running" else None
+        os.kill(launcher, signal.SIGKILL)
+        if waits is not None:
+            with pytest.raises(GroupBroken, match=rf"launcher \(pid {launcher}\) was killed"):
+                waits.result(5)
+        in_thread(group.close).value(5)
+    finally:
+        group.kill()
+        for fd in held:
+            os.close(fd)
 
 
 DRIVER = """

@@ -74,6 +74,12 @@ class LauncherLink:
         """Deal with what the launcher has said, or with its end."""
         try:
             messages = self._control.receive()
+            if not messages and wait_readable(self.launcher_pidfd, 0):
+                # A process that was forked with its end of the channel may keep that open: no end
+                # of file comes then. What it had said before it ended is there by now.
+                messages = self._control.receive()
+                if not messages:
+                    raise EOFError("the launcher has ended")
         except (EOFError, ValueError, OSError) as error:
             self._lost(error)
             return
@@ -149,10 +155,9 @@ class LauncherLink:
         """Send what is to be sent, as far as the channel takes it. The keeper's."""
         while self._outbox:
             self._control.send(self._outbox.pop(0))
-        if not self._control.flush():
-            self._outer.modify(self.control_fd, 1 | 4)
-        elif not self.gone:
-            self._outer.modify(self.control_fd, 1)
+        sent = self._control.flush()
+        if not self.gone:
+            self._outer.modify(self.control_fd, 1 if sent else 1 | 4)
 
     def shown(self, nbytes: int) -> None:
         """So many bytes of output are shown: the launcher may send more. From any thread."""
