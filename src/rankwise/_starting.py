@@ -86,6 +86,9 @@ class Starter:
             self._poll.register(child.failure, IN)
             self._line.flush()
             self._line.look()
+        # With it goes what the ranks have as payloads, when they and the driver are done with that;
+        # a launcher that stays would keep it, and hand it on to the ranks that it forks later.
+        os.close(launch.status_fd)
 
     def started(self, fd: int) -> None:
         """A rank has exec'ed, or tells why it has not."""
@@ -113,6 +116,7 @@ class Starter:
         try:
             self._shared = _preload.share(launch, line.control.fileno(), line.driver)
         except _preload.PreloadFailed as error:
+            os.close(launch.status_fd)
             for rank, fd in enumerate(launch.worker_fds):
                 os.close(fd)
                 line.say(SpawnFailed(rank, str(error)))
