@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -19,10 +20,19 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-__all__ = ["SECONDS", "Script", "Watch", "alive", "in_thread", "readable", "until"]
+__all__ = [
+    "SECONDS",
+    "Script",
+    "Watch",
+    "alive",
+    "in_thread",
+    "no_descriptors",
+    "readable",
+    "until",
+]
 
 SECONDS = 20.0  # no wait of these tests should take a tenth of it
 
@@ -183,6 +193,23 @@ def until(happened: Callable[[], Any], seconds: float = SECONDS, what: str = "")
         assert time.monotonic() < deadline, f"not within {seconds} s: {what or happened}"
         look.wait(0.005)
     return value
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Meanwhile this process can open nothing."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 256), limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for fd in taken:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 class in_thread:  # reads as a verb

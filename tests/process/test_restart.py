@@ -11,7 +11,7 @@ import threading
 from typing import Any
 
 import pytest
-from drivers import SECONDS, Script, Watch, in_thread, readable, until
+from drivers import SECONDS, Script, Watch, in_thread, no_descriptors, readable, until
 from restart_ranks import FailsTheSecondTime, Meets, SlowTheSecondTime, TakesAnything, Worker
 
 from rankwise import GroupBroken, GroupClosed, Restart, StartupError, WorkerDied, WorkerGroup
@@ -187,6 +187,23 @@ def test_close_during_the_back_off_ends_it_at_once() -> None:
         group.call(Worker.count)
     with pytest.raises(GroupClosed):
         group.restart()
+
+
+@pytest.mark.parametrize("launcher", ["lives", "killed"])
+@pytest.mark.parametrize("start_method", STARTS)
+def test_a_driver_without_descriptors_can_end_its_group(start_method: str, launcher: str) -> None:
+    """Its launcher, told to stay for a restart, is killed then; so may it be by others."""
+    group = WorkerGroup(
+        Worker, 2, start_method=start_method, restart=Restart(1, 3600.0), logs="off"
+    )
+    pid = group[0].call(Worker.pids)[1]
+    with Watch([pid, *group.pids]) as family:
+        with no_descriptors():
+            if launcher == "killed":
+                os.kill(pid, signal.SIGKILL)
+                until(lambda: not group.healthy)
+            in_thread(group.close).value(SECONDS)
+        assert not family.left(SECONDS)
 
 
 def test_a_collected_group_does_not_start_again() -> None:

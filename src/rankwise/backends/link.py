@@ -125,20 +125,25 @@ class LauncherLink:
     def _lost(self, reason: Exception) -> None:
         """The launcher has ended before it said Gone: the ranks have a SIGKILL from the kernel."""
         self._stop_hearing()
-        orphans = self._kill_ranks()
-        if not self._finishing:
-            # Its descriptors close before it ends.
-            wait_readable(self.launcher_pidfd, 0.1)
-            self._launcher.poll()
-            ended = describe_exit(self._launcher.returncode)
-            cause = f"its launcher (pid {self._launcher.pid}) {ended}"
-            if not isinstance(reason, EOFError):
-                cause += f" ({reason})"
-            self._engine.break_group(Garbled(-1, cause))
-            self._engine.pump.spread()
-        _await_ends(orphans)
-        self.gone = True
-        self.news.ring()
+        try:
+            orphans = self._kill_ranks()
+            if not self._finishing:
+                self._tell_lost(reason)
+            _await_ends(orphans)
+        finally:
+            self.gone = True  # nobody will hear of it again
+            self.news.ring()
+
+    def _tell_lost(self, reason: Exception) -> None:
+        # Its descriptors close before it ends.
+        wait_readable(self.launcher_pidfd, 0.1)
+        self._launcher.poll()
+        ended = describe_exit(self._launcher.returncode)
+        cause = f"its launcher (pid {self._launcher.pid}) {ended}"
+        if not isinstance(reason, EOFError):
+            cause += f" ({reason})"
+        self._engine.break_group(Garbled(-1, cause))
+        self._engine.pump.spread()
 
     def _stop_hearing(self) -> None:
         self._outer.unregister(self.control_fd)
@@ -202,20 +207,27 @@ class LauncherLink:
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.launcher_pidfd, signal.SIGKILL)
-        _await_ends(self._kill_ranks())
+        if not self.gone:
+            _await_ends(self._kill_ranks())
 
     def _kill_ranks(self) -> list[int]:
         """SIGKILL each rank's process group ourselves: the launcher cannot any more.
 
-        Returns a pidfd of each rank that still ends.
+        Returns a pidfd of each rank that still ends. A driver that is out of descriptors sends the
+        signal all the same.
         """
         orphans = []
         ranks = self._engine.ranks
         for rank, pid in list(ranks.pids.items()):
-            process = _procfs.stat(pid)
+            try:
+                process = _procfs.stat(pid)
+            except OSError:
+                if rank in ranks.reports:
+                    continue  # the number may have gone to somebody else
+                process = None
             if process is not None and process.starttime != ranks.starttimes[rank]:
                 continue  # the number has gone to somebody else
-            with suppress(ProcessLookupError, PermissionError):
+            with suppress(OSError):
                 orphans.append(os.pidfd_open(pid))
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, signal.SIGKILL)
