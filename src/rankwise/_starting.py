@@ -13,7 +13,7 @@ import os
 
 from rankwise import _preload, _procfs, _spawn
 from rankwise._line import IN
-from rankwise._messages import Preloaded, Spawned, SpawnFailed
+from rankwise._messages import Finish, Preloaded, Spawned, SpawnFailed
 from rankwise._spawn import Child
 
 TYPE_CHECKING = False
@@ -113,6 +113,8 @@ class Starter:
         if self._shared is not None:
             self._shared.adapt(launch)
             return True
+        if any(isinstance(message, Finish) for message in unheard):
+            return False  # the sentry would wait for it on the socket: it is no more there
         try:
             self._shared = _preload.share(launch, line.control.fileno(), line.driver)
         except _preload.PreloadFailed as error:

@@ -147,3 +147,18 @@ def test_a_preload_that_never_returns_ends_when_the_driver_says_so(
             group.control.close()
         group.process.wait(SECONDS)
     assert group.all_of(Gone) == []
+
+
+def test_nothing_is_imported_where_the_finish_came_with_the_launch(
+    start: Start, module: Callable[[str], str], tmp_path: Path
+) -> None:
+    """An import may take minutes, and the sentry would wait for what is off the socket already."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    later = ["/bin/sh", "-c", 'read go < "$0" && exec "$@"', str(fifo)]
+    group = start(2, start_method="forkserver", preload=(module(CLEAN),), wrapper=later, wait=False)
+    group.send(Finish())
+    fifo.write_text("go\n")
+    group.until(lambda: group.all_of(Gone))
+    assert group.process.wait(SECONDS) == 0
+    assert [type(message) for message in group.heard] == [Gone]
