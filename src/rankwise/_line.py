@@ -50,6 +50,8 @@ class Line:
         while not self.control.flush():
             if self.driver in dict(poll.poll()):
                 raise DriverGone
+        # A launcher that stays would be woken for room, which there always is, without a pause.
+        self._poll.modify(self.control.fileno(), IN)
 
     def look(self) -> None:
         """Between two things that take milliseconds: has the driver ended?"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from _pickle import dumps
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from rankwise._line import Line
 from rankwise._messages import Finish, Gone, Output, Shown
 from rankwise.wire.control import LONGEST, ControlChannel
 
@@ -73,6 +75,24 @@ def test_send_never_blocks_and_an_urgent_message_overtakes_what_is_queued(
     first = next(i for i, m in enumerate(messages) if isinstance(m, Shown))
     assert first <= in_flight + 1
     assert shown(messages[first : first + 2]) == [1, 2]
+
+
+def test_a_line_that_has_sent_all_waits_for_no_more_room(
+    pair: tuple[ControlChannel, ControlChannel],
+) -> None:
+    ours, theirs = pair
+    driver, end = socket.socketpair()
+    with driver, end:
+        poll = select.poll()
+        line = Line(ours, driver.fileno(), poll)
+        while not ours.backlog:
+            line.say(Output(1, bytes(70_000)))
+            line.flush()
+        theirs.receive()
+        assert poll.poll(0) == [(ours.fileno(), select.POLLOUT)]
+        line.flush_all()
+        theirs.receive()  # there is room again
+        assert poll.poll(0) == []
 
 
 def test_a_long_message_arrives_whole(pair: tuple[ControlChannel, ControlChannel]) -> None:
