@@ -10,7 +10,8 @@ sits, calls meet the old engine, which refuses them.
 
 At most one thread restarts (`_thread`, set and cleared under `_lock`; seating clears it, too). It
 owns the new engine (`_fresh`) until that sits; `_closing` tells it to stop, and whoever sets that
-kills `_fresh`. So the new engine is ended by whichever of the two sees the other. The seat does not
+kills `_fresh`. So the new engine is ended by whichever of the two sees the other. A thread whose
+restart has failed is `_teller` while it tells the user, who may restart again. The seat does not
 hold the group, which may be collected while its ranks start again.
 
 An engine's end is heard of once: by its own word, if it sits then, or by a look after it was seated
@@ -58,6 +59,7 @@ class Seat:
         self._policy = Policy(spec.restart)
         self._lock = threading.Lock()
         self._thread: Background | None = None
+        self._teller: Background | None = None  # was `_thread`, and is in `on_failure` now
         self._closing = False
         self._over = spec.restart is None  # the group will not restart by itself any more
         self._error: BaseException | None = None  # of the last restart
@@ -131,33 +133,50 @@ class Seat:
 
     def _run(self, wait: float, timeout: float | None, by_hand: bool) -> None:
         """The restart's thread."""
+        error: BaseException | None
+        try:
+            error = self._try(wait, timeout, by_hand)
+        except BaseException as reason:
+            error = reason
+        engine = self.engine
+        cause = engine.refusal()
+        failed = False
+        # First of all: `on_failure` may raise, or restart the group.
+        with self._lock:
+            me = self._thread
+            if me is not None and me.is_current():  # else what it has made sits
+                failed = error is not None and not self._closing
+                if failed:
+                    self._give_up(engine)
+                    self._teller = me
+                self._error = error
+                self._thread = None
+        self._news.ring()
+        if failed and not by_hand:
+            logger.error("%s was not restarted: %s", self.spec.name, error)
+            self._tell_failure(engine, cause, error)
+        if failed:
+            self._teller = None
+
+    def _try(self, wait: float, timeout: float | None, by_hand: bool) -> BaseException | None:
+        """Restart, in as many tries as there may be. Returns why the last one failed; None: one has
+        succeeded, or the group is being closed."""
         warm: Held | None = None
         try:
             warm = self.engine.retire(timeout)
             while not self._news.wait_for(lambda: self._closing, deadline(wait)):
                 error = self._start(warm)
                 if error is None:
-                    return
+                    return None
                 again = None if by_hand else self._policy.failed(clock())
                 if again is None:
-                    self._error = error
-                    return
+                    return error
                 wait = again
                 self._log_restart(str(error), wait)
-        except BaseException as error:
-            self._error = error
+            return None
         finally:
             if warm is not None:
                 warm.close()
-            if self._error is not None and not self._closing:
-                self._give_up(self.engine)
-                if not by_hand:
-                    logger.error("%s was not restarted: %s", self.spec.name, self._error)
-                    self._tell_failure()
-            with self._lock:
-                if self._thread is not None and self._thread.is_current():
-                    self._thread = None
-            self._news.ring()
 
     def _start(self, warm: Held | None) -> Exception | None:
         """Start new ranks and seat them. Returns why not, with nothing left of them."""
@@ -207,13 +226,18 @@ class Seat:
         )
         self._news.ring()
 
-    def _tell_failure(self) -> None:
+    def _tell_failure(
+        self, engine: Engine, cause: Error | None, error: BaseException | None
+    ) -> None:
         on_failure = self.spec.on_failure
-        cause = self.engine.refusal()
-        if on_failure is not None and cause is not None:
-            failure = explain(cause, None, self.engine)
-            failure.__cause__ = failure.__cause__ or self._error
+        if on_failure is None or cause is None:
+            return
+        failure = explain(cause, None, engine)
+        failure.__cause__ = failure.__cause__ or error
+        try:
             on_failure(failure)
+        except BaseException:
+            logger.exception("on_failure of %s failed", self.spec.name)
 
     def _log_broken(self, engine: Engine, cause: Error, wait: float) -> None:
         self._log_restart(str(explain(cause, None, engine)).partition(". ")[0], wait)
@@ -262,7 +286,7 @@ class Seat:
             return
         with self._lock:
             self._closing = True
-            thread = self._thread
+            threads = [thread for thread in (self._thread, self._teller) if thread is not None]
         self._news.ring()
         try:
             fresh = self._fresh
@@ -270,8 +294,10 @@ class Seat:
                 fresh.kill()
             how(self.engine)
         finally:
-            if thread is not None:
-                thread.join(deadline(USERS_PATIENCE))
+            until = deadline(USERS_PATIENCE)
+            for thread in threads:
+                thread.join(until)
+            if threads:
                 how(self.engine)  # the new one, where it was seated a moment before
         engine.outlook = None
         engine.retired = False

@@ -176,6 +176,65 @@ def test_on_failure_may_restart_the_group() -> None:
         assert group.call(Worker.count) == [1]
 
 
+def test_an_on_failure_that_raises_does_not_keep_the_failed_restart_alive(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it raises is logged; who waits for the restart goes on, and another may be tried."""
+
+    def leave(failure: GroupBroken) -> None:
+        sys.exit("no ranks, no service")
+
+    path = tmp_path / "starts"
+    options = {"args": (str(path),), "restart": Restart(1, 0.0), "on_failure": leave}
+    with WorkerGroup(FailsTheSecondTime, 1, **options) as group:
+        with pytest.raises(WorkerDied):
+            group[0].call(FailsTheSecondTime.die)
+        with pytest.raises(GroupBroken, match="1 restart used up"):
+            group.wait_ready(SECONDS)
+        path.unlink()
+        group.restart()
+        assert group.healthy
+    assert "on_failure of workers failed" in caplog.text
+
+
+def test_on_failure_may_restart_a_group_whose_restarts_have_failed(tmp_path: Any) -> None:
+    """It runs on the failed restart's own thread then."""
+    path = tmp_path / "starts"
+    done = threading.Event()
+
+    def again(failure: GroupBroken) -> None:
+        path.unlink()
+        group.restart()
+        done.set()
+
+    options = {"args": (str(path),), "restart": Restart(1, 0.0), "on_failure": again}
+    with WorkerGroup(FailsTheSecondTime, 1, **options) as group:
+        with pytest.raises(WorkerDied):
+            group[0].call(FailsTheSecondTime.die)
+        assert done.wait(SECONDS)
+        assert group.healthy
+
+
+def test_close_waits_for_the_on_failure_of_a_failed_restart(tmp_path: Any) -> None:
+    """No thread is left after it, as where the callback thread runs it."""
+    told, done = threading.Event(), threading.Event()
+
+    def slow(failure: GroupBroken) -> None:
+        told.set()
+        until(lambda: group._seat._closing)
+        threading.Event().wait(0.1)  # a close that does not wait for this has returned long ago
+        done.set()
+
+    path = tmp_path / "starts"
+    options = {"args": (str(path),), "restart": Restart(1, 0.0), "on_failure": slow}
+    with WorkerGroup(FailsTheSecondTime, 1, **options) as group:
+        with pytest.raises(WorkerDied):
+            group[0].call(FailsTheSecondTime.die)
+        assert told.wait(SECONDS)
+        group.close()
+        assert done.is_set()
+
+
 def test_close_during_the_back_off_ends_it_at_once() -> None:
     group = WorkerGroup(Worker, 1, start_method="forkserver", restart=Restart(1, 3600.0))
     with pytest.raises(WorkerDied):
