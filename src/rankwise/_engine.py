@@ -35,7 +35,8 @@ if TYPE_CHECKING:
         spin: Spin  # how long a waiter polls
         arena: Arena | None  # where large payloads lie
         starting: bool  # the boot call has not been looked at yet
-        on_break: Callable[[Error], object] | None  # told once that the group has broken, and why
+        # Told once that the group has broken, and why. None until it sits: nobody is told.
+        on_break: Callable[[Error], object] | None
         outlook: str | None  # what a refused call is told of the group's future
         retired: bool  # ended by `retire`: it says why it ended, not that it was closed
 

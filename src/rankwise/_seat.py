@@ -14,8 +14,9 @@ kills `_fresh`. So the new engine is ended by whichever of the two sees the othe
 restart has failed is `_teller` while it tells the user, who may restart again. The seat does not
 hold the group, which may be collected while its ranks start again.
 
-An engine's end is heard of once: by its own word, if it sits then, or by a look after it was seated
-(`_mourned` says for which that was done). Nothing of the user's runs under `_lock`.
+An engine that breaks says so once, to whom it sits here for (`on_break`): by itself, or asked by a
+look right after it was seated. Before that nobody is told: a start that fails tells its own error.
+Nothing of the user's runs under `_lock`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,6 @@ class Seat:
         self.spec = spec
         self.engine = engine
         self._fresh: Engine | None = None
-        self._mourned: Engine | None = None  # the engine whose end was dealt with last
         self._policy = Policy(spec.restart)
         self._lock = threading.Lock()
         self._thread: Background | None = None
@@ -69,9 +69,6 @@ class Seat:
     def take(self, engine: Engine) -> bool:
         """Seat `engine`, which is ready. False where the group is being closed."""
         restarts = self.spec.restart is not None
-        if restarts:
-            engine.outlook = "is broken and about to be restarted: wait_ready() waits for that"
-            engine.on_break = lambda cause: self._broke(engine, cause)
         with self._lock:
             if self._closing:
                 return False
@@ -79,9 +76,15 @@ class Seat:
             self.engine = engine
             self._thread = None  # now: if this engine breaks at once, that is a restart of its own
             self._over = not restarts
+            # Not earlier: what a break begins may not be forgotten here.
+            if restarts:
+                engine.outlook = "is broken and about to be restarted: wait_ready() waits for that"
+                engine.on_break = lambda cause: self._broke(engine, cause)
+            else:
+                engine.on_break = engine.tell_failure
         cause = engine.refusal()
-        if restarts and cause is not None and not isinstance(cause, Closed):
-            self._broke(engine, cause)  # when it told us, it did not sit yet
+        if cause is not None:
+            engine.report_failure(cause)  # when it broke, it may not have known whom to tell
         return True
 
     # -- restarting ---------------------------------------------------------------------------
@@ -89,9 +92,8 @@ class Seat:
     def _broke(self, engine: Engine, cause: Error) -> None:
         """`engine` has broken. In its keeper's thread, or that of whoever closes or seats it."""
         with self._lock:
-            if engine is not self.engine or self._thread is not None or self._mourned is engine:
-                return  # it does not sit yet, it breaks while it is retired, or this is known
-            self._mourned = engine
+            if engine is not self.engine or self._thread is not None:
+                return  # it breaks while it is retired
             wait = None if self._closing else self._policy.failed(clock())
             if wait is not None:
                 count = self._policy.count()

@@ -88,7 +88,7 @@ class InlineEngine:
         self._lock = threading.RLock()
         self._news = threading.Condition(self._lock)  # a timer, or the end
         self._callbacks = Callbacks(spec.name)
-        self.on_break: Callable[[Error], object] | None = self.tell_failure
+        self.on_break: Callable[[Error], object] | None = None
         self.outlook: str | None = None
         self.retired = False
         self._closed = False
@@ -305,8 +305,11 @@ class InlineEngine:
 
     def report_failure(self, cause: Error) -> None:
         with self._lock:
-            on_break, self.on_break = self.on_break, None
-        if on_break is not None and not isinstance(cause, Closed):
+            on_break = self.on_break
+            if on_break is None:
+                return  # without a store, which might undo that of who seats this engine
+            self.on_break = None
+        if not isinstance(cause, Closed):
             on_break(cause)
 
     def tell_failure(self, cause: Error) -> None:

@@ -65,7 +65,7 @@ class LocalEngine:
         self.arena = self.pump.sockets.arena = started.arena
         stack.callback(self.pump.close)
         self.pump.announce = self._announce
-        self.on_break: Callable[[Error], object] | None = self.tell_failure
+        self.on_break: Callable[[Error], object] | None = None
         self.outlook: str | None = None
         self.retired = False
         self.callbacks = Callbacks(spec.name)
@@ -204,8 +204,11 @@ class LocalEngine:
     def report_failure(self, cause: Error) -> None:
         """Have `on_break` called, once."""
         with self.pump.lock:
-            on_break, self.on_break = self.on_break, None
-        if on_break is not None and not isinstance(cause, Closed) and not self.starting:
+            on_break = self.on_break
+            if on_break is None:
+                return  # without a store, which might undo that of who seats this engine
+            self.on_break = None
+        if not isinstance(cause, Closed):
             on_break(cause)
 
     def tell_failure(self, cause: Error) -> None:
