@@ -180,7 +180,7 @@ class Seat:
             if warm is not None:
                 warm.close()
 
-    def _start(self, warm: Held | None) -> Exception | None:
+    def _start(self, warm: Held | None) -> BaseException | None:
         """Start new ranks and seat them. Returns why not, with nothing left of them."""
         spec = self.spec
         began = clock()
@@ -194,7 +194,7 @@ class Seat:
             if self._closing or not self.take(engine):
                 engine.kill()
                 return None  # nobody waits for it any more
-        except Exception as error:
+        except BaseException as error:
             if self._fresh is not None:
                 self._fresh.kill()
             return error
@@ -214,7 +214,9 @@ class Seat:
         )
         try:
             on_restart(ranks)
-        except Exception as error:
+        except (
+            BaseException
+        ) as error:  # SystemExit, CancelledError: the ranks have to end all the same
             raise StartupError(
                 f"{engine.name}: on_restart raised {type(error).__name__}: {error}", phase="ready"
             ) from error

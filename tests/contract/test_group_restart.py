@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -69,15 +70,22 @@ def test_on_restart_reloads_before_anybody_else_calls(make: Make) -> None:
     assert group.call(Counting.count) == [3, 2]
 
 
-def test_an_on_restart_that_raises_is_a_failed_start(make: Make) -> None:
+@pytest.mark.parametrize("kind", [KeyError, SystemExit, asyncio.CancelledError])
+def test_an_on_restart_that_raises_is_a_failed_start(make: Make, kind: type[BaseException]) -> None:
+    """Whatever it raises: the new ranks are not left to nobody."""
+    seen: list[Any] = []
+
     def reload(ranks: Any) -> None:
-        raise KeyError("state")
+        seen.append(ranks)
+        raise kind("state")
 
     group = make(Counting, 1, args=([],), restart=Restart(0, on_restart=reload))
-    with pytest.raises(StartupError, match="on_restart raised KeyError") as raised:
+    with pytest.raises(StartupError, match=f"on_restart raised {kind.__name__}") as raised:
         group.restart()
-    assert isinstance(raised.value.__cause__, KeyError)
+    assert isinstance(raised.value.__cause__, kind)
     assert not group.healthy
+    with pytest.raises(GroupClosed):
+        seen[0].call(Counting.count)
     with pytest.raises((GroupBroken, GroupClosed)):
         group.call(Counting.count)
 
