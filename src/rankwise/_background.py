@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 
 from rankwise._deadline import left
+from rankwise._interrupts import is_interrupt
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,12 +55,19 @@ class Background:
     def __init__(self, run: Callable[[], object], name: str) -> None:
         self.name = name
         self._run_it = run
+        self.failed = False  # no thread could be made for it: it never runs
         self._ended = False
         self._bell = Bell()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Raises RuntimeError or MemoryError where no thread can be made (`failed`). What a signal
+        handler raises here says nothing: the thread runs, as a rule."""
+        try:
+            self._thread.start()
+        except (RuntimeError, MemoryError) as error:
+            self.failed = not is_interrupt(error)
+            raise
 
     def _run(self) -> None:
         try:

@@ -8,6 +8,7 @@ from queue import SimpleQueue
 
 from rankwise._background import Background
 from rankwise._deadline import deadline
+from rankwise._interrupts import is_interrupt
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,11 +30,15 @@ class Callbacks:
         self._closed = False
 
     def ensure(self) -> None:
-        """Have the thread running: called when somebody asks for a callback, never at the end."""
+        """Have the thread running: called when somebody asks for a callback, never at the end.
+
+        Raises RuntimeError or MemoryError where no thread can be made; the next one tries again.
+        """
         with self._lock:
-            if self._thread is None and not self._closed:
-                self._thread = Background(self._run, self._name)
-                self._thread.start()
+            if self._closed or (self._thread is not None and not self._thread.failed):
+                return
+            self._thread = Background(self._run, self._name)
+            self._thread.start()
 
     def is_current(self) -> bool:
         """Whether this very thread is the callback thread."""
@@ -41,6 +46,15 @@ class Callbacks:
 
     def put(self, job: Callable[[], object]) -> None:
         self._jobs.put(job)
+
+    def defer(self, job: Callable[[], object]) -> None:
+        """As `put`, with the thread running; where none can be made, once the next `ensure` has."""
+        self._jobs.put(job)
+        try:
+            self.ensure()
+        except (RuntimeError, MemoryError) as error:
+            if is_interrupt(error):
+                raise
 
     def _run(self) -> None:
         while True:
@@ -59,5 +73,5 @@ class Callbacks:
             self._closed = True
             thread = self._thread
         self._jobs.put(None)
-        if thread is not None:
+        if thread is not None and not thread.failed:
             thread.join(deadline(timeout))

@@ -91,9 +91,9 @@ class GroupFuture(Future[T]):
     def __getattr__(self, name: str) -> Any:
         """The standard library's parts, when it first touches them."""
         if name == "_condition":
+            self._engine.watch(self)  # first: it may have no thread to call anybody
             standing = self.__dict__.setdefault("_standing", _Standing(self._call))
             made: object = self.__dict__.setdefault("_condition", threading.Condition(standing))
-            self._engine.watch(self)
             return made
         if name == "_waiters":
             return self.__dict__.setdefault("_standing", _Standing(self._call)).waiters

@@ -96,11 +96,15 @@ class Seat:
                 return  # it breaks while it is retired
             wait = None if self._closing else self._policy.failed(clock())
             if wait is not None:
-                count = self._policy.count()
-                engine.outlook = f"is being restarted ({count}): wait_ready() waits for that"
                 engine.defer(lambda: self._log_broken(engine, cause, wait))
-                self._begin(wait, 0.0, by_hand=False)
-                return
+                try:
+                    self._begin(f"is being restarted ({self._policy.count()})", wait, 0.0)
+                    return
+                except (RuntimeError, MemoryError) as error:
+                    if self._thread is not None:
+                        raise  # out of a signal handler
+                    what = f"{engine.name} was not restarted: {error}"
+                    engine.defer(lambda: logger.error("%s", what))
         self._give_up(engine)
         engine.tell_failure(cause)
 
@@ -112,8 +116,7 @@ class Seat:
                 raise explain(Closed(), None, self.engine)
             thread = self._thread
             if thread is None:
-                self.engine.outlook = "is being restarted: wait_ready() waits for that"
-                thread = self._begin(0.0, timeout, by_hand=True)
+                thread = self._begin("is being restarted", 0.0, timeout, by_hand=True)
         if thread.is_current():
             raise RuntimeError(f"{self.spec.name}: on_restart cannot restart the group")
         try:
@@ -125,12 +128,23 @@ class Seat:
             raise self._error
         self._check_open()
 
-    def _begin(self, wait: float, timeout: float | None, *, by_hand: bool) -> Background:
+    def _begin(
+        self, outlook: str, wait: float, timeout: float | None, *, by_hand: bool = False
+    ) -> Background:
+        """Start the thread that restarts. RuntimeError or MemoryError: there is none for it."""
+        engine = self.engine
+        before, engine.outlook = engine.outlook, f"{outlook}: wait_ready() waits for that"
         self._error = None
         self._thread = thread = Background(
             lambda: self._run(wait, timeout, by_hand), f"rankwise-{self.spec.name}-restart"
         )
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:
+            if thread.failed:
+                self._thread = None
+                engine.outlook = before
+            raise
         return thread
 
     def _run(self, wait: float, timeout: float | None, by_hand: bool) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
+from rankwise import worker_info
+
 
 class Counting:
     """Counts its calls, and knows what it was made of."""
@@ -22,3 +27,9 @@ class FailsWhen:
     def __init__(self, told: list[bool]) -> None:
         if told[0]:
             raise ValueError("told to")
+
+
+def stuck_but_one(worker: Any) -> None:
+    if worker_info().rank == 0:
+        raise ValueError("first")
+    threading.Event().wait(1)

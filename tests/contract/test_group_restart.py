@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from contract_worker import Worker
-from group_restart_ranks import Counting, FailsWhen
+from group_restart_ranks import Counting, FailsWhen, stuck_but_one
 
 from rankwise import (
     CallTimeout,
@@ -19,7 +19,6 @@ from rankwise import (
     StartupError,
     WorkerGroup,
     current_call,
-    worker_info,
 )
 
 Make = Callable[..., WorkerGroup]
@@ -178,12 +177,6 @@ def test_a_group_that_gave_up_on_a_rank_starts_again(make: Make) -> None:
     assert started.wait(30)
     group.wait_ready(timeout=30)
     assert group.call(Counting.count) == [1, 1]
-
-
-def stuck_but_one(worker: Any) -> None:
-    if worker_info().rank == 0:
-        raise ValueError("first")
-    threading.Event().wait(1)
 
 
 def test_restart_takes_only_a_restart() -> None:

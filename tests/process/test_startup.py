@@ -85,6 +85,20 @@ def test_a_failing_start_says_who_where_and_how_at_once(
     assert dict(os.environ) == before
 
 
+@pytest.mark.parametrize("kind", ["-callbacks", "-io", "-logs"])
+def test_a_start_without_a_thread_for_it_leaves_no_other_behind(kind, monkeypatch):
+    def start_some(thread):
+        if thread.name.endswith(kind):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    with pytest.raises(RuntimeError, match="thread"):
+        WorkerGroup(Runner, 1, name="threadless", on_failure=print)
+    assert not [one.name for one in threading.enumerate() if "threadless" in one.name]
+
+
 INTERRUPTED = """
 class Worker:
     def __init__(self):

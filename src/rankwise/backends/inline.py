@@ -272,8 +272,7 @@ class InlineEngine:
         self._callbacks.ensure()
 
     def defer(self, job: Callable[[], object]) -> None:
-        self._callbacks.ensure()
-        self._callbacks.put(job)
+        self._callbacks.defer(job)
 
     def unfetched(self, future: GroupFuture[Any]) -> None:
         _lifetime.log_unfetched(future)

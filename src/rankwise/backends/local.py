@@ -18,7 +18,7 @@ from functools import partial
 
 from rankwise import _lifetime
 from rankwise._answers import broken, nobody_hears
-from rankwise._callbacks import Callbacks
+from rankwise._callbacks import USERS_PATIENCE, Callbacks
 from rankwise._calls import Call, Closed, Error
 from rankwise._deadline import clock, deadline
 from rankwise._environment import cpu_budget
@@ -69,8 +69,6 @@ class LocalEngine:
         self.outlook: str | None = None
         self.retired = False
         self.callbacks = Callbacks(spec.name)
-        if spec.on_failure is not None:
-            self.callbacks.ensure()
         self.reports = Reports(self)
         self.pump.ledger.explains = True
         self.link = LauncherLink(self, started)
@@ -83,7 +81,13 @@ class LocalEngine:
         self._began = clock()
         own = ExitStack()
         self.ending = Ending(self, own)
-        self.keeper.start()
+        if spec.on_failure is not None:
+            self.callbacks.ensure()
+        try:
+            self.keeper.start()
+        except BaseException:
+            self.callbacks.close(USERS_PATIENCE)
+            raise
         own.push(stack.pop_all())
         _lifetime.adopt(self)
 
@@ -130,8 +134,7 @@ class LocalEngine:
         self.callbacks.ensure()
 
     def defer(self, job: Callable[[], object]) -> None:
-        self.callbacks.ensure()
-        self.callbacks.put(job)
+        self.callbacks.defer(job)
 
     def refusal(self) -> Error | None:
         ledger = self.pump.ledger
