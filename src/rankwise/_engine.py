@@ -112,11 +112,6 @@ if TYPE_CHECKING:
             """Have `on_break` called, once."""
             ...
 
-        def tell_failure(self, cause: Error) -> None:
-            """Have the user's `on_failure` called, on the callback thread; without one the failure
-            is logged, if no call tells it."""
-            ...
-
         def break_calls(self) -> None:
             """Settle every open call: the interpreter is about to exit."""
             ...

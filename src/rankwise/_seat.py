@@ -25,7 +25,7 @@ import logging
 import os
 import threading
 
-from rankwise._answers import explain
+from rankwise._answers import broken, explain, nobody_hears
 from rankwise._background import Background, Bell
 from rankwise._callbacks import USERS_PATIENCE
 from rankwise._calls import Closed
@@ -81,7 +81,7 @@ class Seat:
                 engine.outlook = "is broken and about to be restarted: wait_ready() waits for that"
                 engine.on_break = lambda cause: self._broke(engine, cause)
             else:
-                engine.on_break = engine.tell_failure
+                engine.on_break = lambda cause: _tell_broken(engine, cause)
         cause = engine.refusal()
         if cause is not None:
             engine.report_failure(cause)  # when it broke, it may not have known whom to tell
@@ -106,7 +106,7 @@ class Seat:
                     what = f"{engine.name} was not restarted: {error}"
                     engine.defer(lambda: logger.error("%s", what))
         self._give_up(engine)
-        engine.tell_failure(cause)
+        _tell_broken(engine, cause)
 
     def restart(self, timeout: float | None) -> None:
         """See WorkerGroup.restart."""
@@ -328,3 +328,13 @@ class Seat:
         fresh = self._fresh
         running = fresh is not None and fresh.abandon()
         return self.engine.abandon() or running or self._thread is not None
+
+
+def _tell_broken(engine: Engine, cause: Error) -> None:
+    """Have the user's `on_failure` called, on the callback thread; without one the failure is
+    logged, if no call tells it."""
+    on_failure = engine.spec.on_failure
+    if on_failure is not None:
+        engine.defer(lambda: on_failure(broken(cause, engine)))
+    elif nobody_hears(cause):
+        engine.defer(lambda: logger.error("%s", broken(cause, engine)))

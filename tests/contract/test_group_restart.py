@@ -44,6 +44,54 @@ def test_calls_made_before_it_are_answered(make: Make) -> None:
     assert [future.result() for future in futures] == [[n, n] for n in range(1, 21)]
 
 
+def test_a_restart_ends_calls_as_close_does(make: Make, gate: Any) -> None:
+    """What runs is not cancelled and what is queued is not dropped: they have their time."""
+    group = make(Worker, 1, args=("a",), kwargs={"b": 2})
+    running = group[0].submit(Worker.cancelled_at_gate, gate.path)
+    gate.entered(0)
+    behind = [group[0].submit(Worker.get_rank) for _ in range(100)]
+    other = threading.Thread(target=group.restart)
+    other.start()
+    while group.healthy:
+        threading.Event().wait(0.005)
+    with pytest.raises((GroupBroken, GroupClosed), match="being restarted"):
+        group.submit(Worker.get_rank)
+    gate.open(0)
+    assert running.result(20) is False
+    assert [future.result(20) for future in behind] == [0] * 100
+    other.join(20)
+    group.wait_ready(timeout=20)
+
+
+def test_a_restart_cancels_what_has_had_its_time(make: Make) -> None:
+    group = make(Worker, 1, args=("a",), kwargs={"b": 2})
+    running = group[0].submit(until_cancelled)
+    group.restart(timeout=0.01)
+    assert isinstance(running.exception(20), GroupClosed)
+    assert group[0].call(Worker.get_rank) == 0
+
+
+def test_a_kill_does_not_wait_for_a_restart_that_waits_for_a_call(make: Make) -> None:
+    group = make(Worker, 1, args=("a",), kwargs={"b": 2})
+    running = group[0].submit(until_cancelled)
+    errors: list[BaseException] = []
+
+    def restart() -> None:
+        try:
+            group.restart(timeout=None)
+        except GroupClosed as error:
+            errors.append(error)
+
+    other = threading.Thread(target=restart)
+    other.start()
+    while group.healthy:
+        threading.Event().wait(0.005)
+    group.kill()
+    assert running.done()
+    other.join(20)
+    assert len(errors) == 1
+
+
 def test_arguments_are_as_they_are_at_the_restart(make: Make) -> None:
     made_of = ["a"]
     group = make(Counting, 1, args=(made_of,))

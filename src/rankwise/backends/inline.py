@@ -17,7 +17,7 @@ from functools import partial
 from queue import SimpleQueue
 
 from rankwise import _context, _lifetime, _planned
-from rankwise._answers import broken, nobody_hears, slow_text
+from rankwise._answers import slow_text
 from rankwise._background import Bell
 from rankwise._callbacks import USERS_PATIENCE, Callbacks
 from rankwise._calls import Call, Closed, Error
@@ -311,13 +311,6 @@ class InlineEngine:
         if not isinstance(cause, Closed):
             on_break(cause)
 
-    def tell_failure(self, cause: Error) -> None:
-        on_failure = self.spec.on_failure
-        if on_failure is not None:
-            self.defer(lambda: on_failure(broken(cause, self)))
-        elif nobody_hears(cause):
-            self.defer(lambda: logger.error("%s", broken(cause, self)))
-
     # -- the end ------------------------------------------------------------------------------
 
     def close(self, timeout: float | None, *, drop: bool = False) -> None:
@@ -325,23 +318,20 @@ class InlineEngine:
         until = deadline(timeout)
         if self._callbacks.is_current() and self._ending:
             return  # whoever closes waits for the callback thread, which so must not wait for it
+        with self._lock:
+            self._ledger.closing = True
+            if drop and not self._closed:
+                self._drop()  # before its turn comes: so it hurries who closes already
+        self._tell()
         with self._closing:
             self._ending = True
             if not self._ended:
-                self._close(until, drop)
+                self._close(until)
 
-    def _close(self, until: float | None, drop: bool) -> None:
-        with self._lock:
-            self._ledger.closing = True
-            if drop:
-                self._ledger.drop_queued(Closed())
-                for call in list(self._ledger.open.values()):
-                    self.ranks.cancel(call, self._ledger)
-        self._tell()
+    def _close(self, until: float | None) -> None:
         drained = Call("close", b"", ())
         self.barrier(drained)
-        self.wait(drained, until)
-        self._end()
+        self._end(late=not self.wait(drained, until))
         until = until if until is None else max(until, clock() + NOTICE)
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -351,16 +341,24 @@ class InlineEngine:
         if not any(thread.is_alive() for thread in self._threads):
             self.ranks.forget_status()
 
+    def _drop(self) -> None:
+        """With the lock held: drop what is queued, and set the cancel flags of the rest."""
+        self._ledger.drop_queued(Closed())
+        for call in list(self._ledger.open.values()):
+            self.ranks.cancel(call, self._ledger)
+
     def kill(self) -> None:
         """Settle every open call and stop listening. A thread in the user's code runs on."""
         self.close(0.0, drop=True)
 
     def retire(self, timeout: float | None) -> None:
         self.retired = True
-        self.close(timeout, drop=True)
+        self.close(timeout)
 
-    def _end(self) -> None:
+    def _end(self, late: bool) -> None:
         with self._lock:
+            if late:
+                self._drop()  # nothing else can end what runs on
             self._closed = True
             self._ledger.break_group(Closed())
             self._news.notify_all()

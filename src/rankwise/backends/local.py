@@ -17,7 +17,6 @@ from contextlib import ExitStack
 from functools import partial
 
 from rankwise import _lifetime
-from rankwise._answers import broken, nobody_hears
 from rankwise._callbacks import USERS_PATIENCE, Callbacks
 from rankwise._calls import Call, Closed, Error
 from rankwise._deadline import clock, deadline
@@ -213,14 +212,6 @@ class LocalEngine:
             self.on_break = None
         if not isinstance(cause, Closed):
             on_break(cause)
-
-    def tell_failure(self, cause: Error) -> None:
-        """Have the user's `on_failure` called, on the callback thread."""
-        on_failure = self.spec.on_failure
-        if on_failure is not None:
-            self.defer(lambda: on_failure(broken(cause, self)))
-        elif nobody_hears(cause):
-            self.defer(lambda: logger.error("%s", broken(cause, self)))
 
     def log(self, level: int, *message: object) -> None:
         """Log, but not by the keeper: a handler of the user's may block or raise."""
