@@ -199,7 +199,7 @@ def test_return_exceptions_has_results_that_could_not_be_rebuilt(group):
 def test_who_does_not_leave_a_failed_call_in_time_breaks_the_group(make, gate, verb):
     failed = []
     group = make(on_failure=failed.append)
-    view = group.options(grace=0.2)
+    view = group.options(grace=0.5)  # in which rank 1 must come to its gate
     if verb == "call":
         with pytest.raises(ValueError):
             view.call(Worker.fail_or_wait, [0], gate.path)
@@ -222,8 +222,8 @@ def test_who_does_not_leave_a_failed_call_in_time_breaks_the_group(make, gate, v
     assert error.__cause__ is error.first
     text = str(error)
     assert ") failed in fail_or_wait() (ValueError: ('no', 0)), and rank 1 had not ret" in text
-    line = rf"\n  rank 1: pid {group.pids[1]}, running fail_or_wait\(\) for 0\.[2-9] s, in "
-    assert re.search(rf"0\.2 s later \(option grace\){line}", text)
+    line = rf"\n  rank 1: pid {group.pids[1]}, running fail_or_wait\(\) for [0-9.]+ s, in "
+    assert re.search(rf"0\.5 s later \(option grace\){line}", text)
     assert list(error.stacks) == [1]
     assert "in fail_or_wait" in error.stacks[1]
     assert text.endswith("workers is broken and takes no more calls: make a new group")
@@ -288,7 +288,6 @@ def test_return_exceptions_ends_when_the_group_breaks(make, gate):
     values = view.call(Worker.fail_or_wait, [0], gate.path)
     assert type(values[0]) is ValueError
     assert isinstance(values[1], GroupBroken)
-    gate.open(1)
 
 
 # -- checks ---------------------------------------------------------------------------------------

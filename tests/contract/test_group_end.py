@@ -87,7 +87,7 @@ def test_kill_settles_every_open_call_with_group_closed(make, gate):
 def test_kill_of_an_idle_group_leaves_no_thread(make):
     group = make(world_size=1, name="idle")
     group.kill()
-    assert threads_of("idle") == []
+    wait_for_threads_of("idle")
     assert_closed(group)
 
 
@@ -271,4 +271,3 @@ def test_what_no_call_tells_of_a_groups_failure_is_logged(make, gate, caplog):
     (text,) = (record.getMessage() for record in caplog.records)
     assert text == str(group.failure)
     assert "rank 1: pid " in text
-    gate.open(1)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from asyncio_ranks import Worker
-from drivers import Watch, in_thread, until
+from drivers import Watch, in_thread, remove_fifo, until
 
 from rankwise import GroupClosed, StartupError, WorkerDied, WorkerGroup
 
@@ -26,8 +26,9 @@ LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 @pytest.fixture(scope="module")
 def shared():
-    with WorkerGroup(Worker, 2) as group:
-        yield group
+    group = WorkerGroup(Worker, 2)
+    yield group
+    group.kill()
 
 
 @pytest.fixture
@@ -55,7 +56,8 @@ def run(request):
 def fifo(tmp_path):
     path = str(tmp_path / "fifo")
     os.mkfifo(path)
-    return path
+    yield path
+    remove_fifo(path)
 
 
 def let_go(path, text="held", times=1):

@@ -109,11 +109,14 @@ def test_an_answer_that_nobody_fetches_is_not_lost(group):
         time.sleep(LOOKS)
 
     before = signal.signal(signal.SIGUSR1, handler)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
     try:
-        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
         assert group.call(lambda worker: time.sleep(0.4)) == [None, None]
+        timer.join()
         assert [future.result(5) for future in futures] == [[n, n] for n in range(20)]
     finally:
+        timer.join()  # or it strikes when the handler is away, and kills pytest
         signal.signal(signal.SIGUSR1, before)
 
 
