@@ -158,7 +158,7 @@ def test_garbage_to_the_launcher_ends_the_group_which_says_so(capfd):
     with WorkerGroup(Worker, 2, logs="off") as group:
         future = group.submit(lambda worker: threading.Event().wait())
         group._engine.link._control._sock.sendall(b"\xff" * 64)
-        with pytest.raises(GroupBroken, match=r"its launcher \(pid \d+\) exited with status 1"):
+        with pytest.raises(GroupBroken, match=r"its launcher \(pid \d+\)"):
             in_thread(future.result).value(5)
     assert "bad frame on the control channel: length" in capfd.readouterr().err
 

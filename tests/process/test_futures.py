@@ -219,7 +219,7 @@ def test_patience_ends_one_waiter_and_nobody_else(group, gates):
         began = time.monotonic()
         with pytest.raises(CallTimeout) as caught:
             ask(0.05)
-        assert 0.045 < time.monotonic() - began < 1
+        assert 0.045 < time.monotonic() - began < 5
         assert isinstance(caught.value, TimeoutError)
         assert isinstance(caught.value, concurrent.futures.TimeoutError)
     assert (future.done(), future.running(), future.cancelled()) == (False, True, False)

@@ -242,8 +242,8 @@ def test_control_c_ends_the_driver_alone(stage, body):
         terminal.see(seen, 1 if seen == "now" else 2)
         with Watch(pids_in(terminal.text)) as watch:
             terminal.press()
-            assert terminal.end(5) in INTERRUPTED
-            assert watch.left(0.5) == []
+            assert terminal.end(20) in INTERRUPTED
+            assert watch.left(5) == []
     if stage != "await":  # asyncio.run raises its own over the task's CancelledError
         assert_one_traceback(terminal.text)
 

@@ -128,11 +128,11 @@ def test_control_c_at_any_moment_of_a_start_is_clean(moment):
             script.kill(signal.SIGINT)
             pressed = time.monotonic()
             said = script.line(10)
-            assert time.monotonic() - pressed < 2
+            assert time.monotonic() - pressed < 5
             assert said["interrupted"] is True
             assert said["threads"] == ["MainThread"]
             assert said["children"] == []
-            assert watch.left(0.2) == []
+            assert watch.left(2) == []
         assert script.end() == 0
         assert script.errors().count("Traceback") == 0, script.errors()
 
