@@ -34,7 +34,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import pytest
 
-DEFAULT = 60.0
+# Above every wait that a test itself bounds, so that those fail, with words, before this one kills
+# the run; and above what three times the usual time makes of the longest.
+DEFAULT = 180.0
 
 ROOT = str(Path(rankwise.__file__).parent.parent)
 

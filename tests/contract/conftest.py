@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +16,7 @@ from contract_worker import Worker
 from rankwise import WorkerGroup, WorkerGroupError
 
 WORLD_SIZE = 3
+ENTERED = 20.0  # seconds for a rank to come to its gate
 
 
 @pytest.fixture(scope="session", params=["local", "inline"])
@@ -98,7 +101,19 @@ class Gate:
 
     def entered(self, *ranks: int) -> None:
         for rank in ranks:
-            self._ends[rank] = os.open(self._fifos[rank], os.O_WRONLY)
+            self._ends[rank] = self._writing_end(rank)
+
+    def _writing_end(self, rank: int) -> int:
+        # Not an open() that waits: where the rank has been killed, that would be for ever.
+        limit = time.monotonic() + ENTERED
+        while True:
+            try:
+                return os.open(self._fifos[rank], os.O_WRONLY | os.O_NONBLOCK)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+            assert time.monotonic() < limit, f"rank {rank} has not come to its gate"
+            time.sleep(0.002)
 
     def open(self, *ranks: int) -> None:
         for rank in ranks:

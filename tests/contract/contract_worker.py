@@ -97,6 +97,13 @@ class Worker:
             raise ValueError(message, self.rank)
         return self.pass_gate(path)
 
+    def fail_in_turn(self, path: str) -> None:
+        """Fail on rank 1; the others fail once the gate is opened for them."""
+        if self.rank == 1:
+            raise ValueError("the cause")
+        self.pass_gate(path)
+        raise ConnectionError("a peer has gone\nand more of it")
+
     def fail_behind_gate(self, path: str) -> None:
         """Fail once the gate is opened for this rank."""
         self.pass_gate(path)

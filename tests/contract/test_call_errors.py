@@ -17,7 +17,7 @@ from contract_worker import (
     Worker,
 )
 
-from rankwise import RemoteError, SerializationError, WorkerGroupError, worker_info
+from rankwise import RemoteError, SerializationError, WorkerGroupError
 
 
 def test_the_same_type_and_args_arrive(group):
@@ -83,7 +83,13 @@ def test_notes_that_the_worker_added_arrive(group):
     assert len(caught.value.__notes__) == 2
 
 
-def test_failures_has_every_rank_that_failed(group):
+@pytest.fixture
+def unhurried(monkeypatch):
+    """Failures are gathered until all have answered, however long a slow machine takes."""
+    monkeypatch.setattr("rankwise._ledger.FAILURE_PAUSE", 20.0)
+
+
+def test_failures_has_every_rank_that_failed(group, unhurried):
     with pytest.raises(ValueError) as caught:
         group.call(Worker.fail, ValueError, "bad", ranks=[0, 2])
     failures = caught.value.failures
@@ -93,16 +99,17 @@ def test_failures_has_every_rank_that_failed(group):
     assert caught.value in failures.values()
 
 
-def test_later_failures_are_a_line_each_on_the_first_and_alike_ones_share_it(group):
-    def fail(worker):
-        rank = worker_info().rank
-        if rank == 1:
-            raise ValueError("the cause")
-        time.sleep(0.01)
-        raise ConnectionError("a peer has gone\nand more of it")
-
+def test_later_failures_are_a_line_each_on_the_first_and_alike_ones_share_it(
+    group, gate, unhurried
+):
+    future = group.submit(Worker.fail_in_turn, gate.path)
+    limit = time.monotonic() + 20
+    while 1 not in future._call.answers:
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+    gate.open(0, 2)
     with pytest.raises(ValueError, match="the cause") as caught:
-        group.call(fail)
+        future.result(timeout=20)
     first, *later = caught.value.__notes__
     assert first.startswith("rank 1 (pid ")
     assert len(later) == 1
@@ -110,18 +117,13 @@ def test_later_failures_are_a_line_each_on_the_first_and_alike_ones_share_it(gro
     assert re.fullmatch(pattern, later[0])
 
 
-def test_a_failure_long_after_the_first_is_logged_in_one_line(group, caplog):
-    def fail(worker):
-        if worker_info().rank == 1:
-            raise ValueError("the cause")
-        time.sleep(0.3)
-        raise ConnectionError("a peer has gone\nand more of it")
-
+def test_a_failure_long_after_the_first_is_logged_in_one_line(group, gate, caplog):
     with caplog.at_level(logging.WARNING, "rankwise"):
         with pytest.raises(ValueError, match="the cause"):
-            group.call(fail)
+            group.call(Worker.fail_in_turn, gate.path)
+        gate.open(0, 2)
         group.flush()
-        waited = time.monotonic() + 5
+        waited = time.monotonic() + 20
         while len(caplog.records) < 2 and time.monotonic() < waited:
             time.sleep(0.01)
     texts = sorted(record.getMessage() for record in caplog.records)
@@ -335,7 +337,14 @@ def test_a_failure_that_nobody_fetched_is_logged_once(group, caplog):
     group.submit(Worker.fail, ValueError, "nobody asked", ranks=[1])
     group.flush()
     group.call(Worker.get_rank)
-    messages = [r.getMessage() for r in caplog.records if "nobody asked" in r.getMessage()]
+
+    def logged():
+        return [r.getMessage() for r in caplog.records if "nobody asked" in r.getMessage()]
+
+    limit = time.monotonic() + 20
+    while not logged() and time.monotonic() < limit:
+        group.call(Worker.get_rank)
+    messages = logged()
     assert len(messages) == 1
     assert (
         "nobody fetched the exception of fail() on rank 1: ValueError: nobody asked" in messages[0]

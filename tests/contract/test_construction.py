@@ -8,6 +8,7 @@ import re
 
 import pytest
 from contract_worker import Failing, Managed, Worker, make_worker
+from untold import explained
 
 from rankwise import (
     GroupClosed,
@@ -151,9 +152,9 @@ def test_a_start_that_takes_too_long_says_who_is_not_ready(backend, gate):
         return Worker()
 
     limit = 3 if backend == "local" else 0.3
-    with pytest.raises(StartupTimeout) as caught:
-        WorkerGroup(slow, 2, backend=backend, start_timeout=limit)
-    error = caught.value
+    error = explained(
+        lambda: WorkerGroup(slow, 2, backend=backend, start_timeout=limit), kind=StartupTimeout
+    )
     assert isinstance(error, TimeoutError)
     assert error.phases == {1: "construct"}
     assert (error.rank, error.phase) == (1, "construct")

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import gc
 import threading
+import time
 import weakref
 
 import pytest
@@ -157,8 +158,10 @@ def test_a_future_that_is_dropped_is_collected(group):
     future.result()
     seen = weakref.ref(future)
     del future
-    gc.collect()
-    assert seen() is None
+    limit = time.monotonic() + 10
+    while seen() is not None:  # a thread of the group has it in hand, perhaps
+        assert time.monotonic() < limit
+        gc.collect()
 
 
 # -- event loops ----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from surroundings_ranks import (
     Worker,
     exhaust_descriptors,
 )
+from untold import explained
 from waiters import NAMES, Everybody
 
 from rankwise import (
@@ -221,10 +222,9 @@ def test_a_driver_without_descriptors_is_told_of_its_deadlines(
         assert group.call(Faulty.pid) == group.pids
         taken = exhaust_descriptors()
         try:
-            with pytest.raises(CallTimeout) as caught:
-                group.options(timeout=0.2).call(Faulty.work)
-            assert (caught.value.answered, caught.value.missing) == ((0,), (1,))
-            assert "in go_wrong" in caught.value.stacks[1], "the launcher has descriptors"
+            error = explained(lambda: group.options(timeout=1.0).call(Faulty.work))
+            assert (error.answered, error.missing) == ((0,), (1,))
+            assert "in go_wrong" in error.stacks[1], "the launcher has descriptors"
             with pytest.raises(CallTimeout, match="rank 1: pid"):
                 group[1].submit(Faulty.pid).result(0.1)
             with pytest.raises(CallTimeout, match="rank 1: pid"):

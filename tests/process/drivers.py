@@ -9,6 +9,7 @@ Nothing here sleeps to let time pass: everything waits on a descriptor, with a d
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -30,7 +31,9 @@ __all__ = [
     "alive",
     "in_thread",
     "no_descriptors",
+    "open_fifo",
     "readable",
+    "remove_fifo",
     "until",
 ]
 
@@ -210,6 +213,33 @@ def no_descriptors() -> Iterator[None]:
         for fd in taken:
             os.close(fd)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def open_fifo(path: str) -> int:
+    """The writing end of a FIFO, once somebody has opened the reading one: not by an `open` that
+    waits, which is for ever where the reader has been killed."""
+
+    def end() -> int | None:
+        try:
+            return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return None
+
+    deadline = time.monotonic() + SECONDS
+    while (fd := end()) is None:
+        assert time.monotonic() < deadline, f"nobody reads {path}"
+        time.sleep(0.002)
+    return fd
+
+
+def remove_fifo(path: str) -> None:
+    """Nobody waits at this FIFO any more, and who comes later finds none."""
+    with contextlib.suppress(FileNotFoundError):
+        end = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+        os.unlink(path)
+        os.close(end)
 
 
 class in_thread:  # reads as a verb

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 
 from rankwise import worker_info
 
@@ -23,10 +22,11 @@ class Worker:
         """Holds the GIL in C code all the while."""
         return sum(range(steps))
 
-    def block(self, seconds):
-        """Holds the GIL in C code, asleep, and lets no signal through."""
+    def block(self, path):
+        """Holds the GIL in C code, asleep, and lets no signal through, until `path` is there."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
-        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+        while not os.path.exists(path):
+            ctypes.PyDLL(None).usleep(200_000)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return "done"
 
@@ -41,31 +41,31 @@ class Worker:
         for _ in range(number):
             threading.Thread(target=event.wait, daemon=True).start()
 
-    def compute(self, seconds):
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+    def compute(self, path):
+        while not os.path.exists(path):
             pass
 
-    def churn(self, seconds):
-        """Threads that run Python all the time, come, and go."""
+    def churn(self, path):
+        """Threads that run Python all the time, come, and go, until `path` is there."""
         sys.setswitchinterval(1e-5)
-        until = time.monotonic() + seconds
+        done = False
 
         def recurse(depth):
             return recurse(depth - 1) if depth else 0
 
         def run():
-            while time.monotonic() < until:
+            while not done:
                 recurse(20)
                 exec("def f(n):\n    return [m for m in range(n)]\nf(10)", {})
 
         threads = [threading.Thread(target=run) for _ in range(3)]
         for thread in threads:
             thread.start()
-        while time.monotonic() < until:
+        while not os.path.exists(path):
             short = threading.Thread(target=recurse, args=(5,))
             short.start()
             short.join()
+        done = True
         for thread in threads:
             thread.join()
         return "fine"

@@ -104,13 +104,13 @@ def test_a_rank_that_is_late_with_its_word_keeps_nobody_from_the_clock():
     with WorkerGroup(Napper, 2, spin=0.5) as group:
         group.call(Napper.nap, 0.0)
         group._engine.pump.sockets._news.words[0] -= 1
-        future = group[1].submit(Napper.nap, 1.0)
+        future = group[1].submit(Napper.nap, 3.0)
         began, cpu = time.monotonic(), time.process_time()
         with pytest.raises(CallTimeout):
             future.result(timeout=0.1)
-        assert time.monotonic() - began < 0.6
-        assert future.result() == 1.0
-        assert time.process_time() - cpu < 0.9  # of the poll's half second; it slept after that
+        assert time.monotonic() - began < 2.5
+        assert future.result() == 3.0
+        assert time.process_time() - cpu < 2  # of the poll's half second; it slept after that
 
 
 def test_a_driver_looks_at_the_ranks_that_say_they_have_answered():

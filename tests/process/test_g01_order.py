@@ -14,7 +14,7 @@ import sys
 import threading
 
 import pytest
-from drivers import SECONDS, in_thread
+from drivers import SECONDS, in_thread, remove_fifo
 from g01_order_ranks import Worker
 
 from rankwise import CallTimeout, WorkerGroup
@@ -25,10 +25,11 @@ AHEAD = 64  # so many calls are sent ahead to a rank: what comes after them is q
 
 @pytest.fixture(scope="module")
 def shared():
-    with WorkerGroup(Worker, SIZE, name="order") as group:
-        group.submit("take_ran").add_done_callback(lambda future: future.result())
-        group.flush()
-        yield group
+    group = WorkerGroup(Worker, SIZE, name="order")
+    group.submit("take_ran").add_done_callback(lambda future: future.result())
+    group.flush()
+    yield group
+    group.kill()
 
 
 @pytest.fixture
@@ -50,7 +51,8 @@ def threads_take_turns_often():
 def fifo(tmp_path):
     path = str(tmp_path / "fifo")
     os.mkfifo(path)
-    return path
+    yield path
+    remove_fifo(path)
 
 
 def assert_one_order(seen):

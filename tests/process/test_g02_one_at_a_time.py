@@ -7,7 +7,7 @@ import os
 from collections import Counter
 
 import pytest
-from drivers import SECONDS, Script, in_thread, until
+from drivers import SECONDS, Script, in_thread, remove_fifo, until
 from g02_one_at_a_time_ranks import Travels, Worker, whereabouts
 
 from rankwise import CallTimeout, WorkerDied, WorkerGroup
@@ -21,8 +21,9 @@ MAIN = (True, True, True)
 
 @pytest.fixture(scope="module")
 def shared():
-    with WorkerGroup(Worker, SIZE, name="one") as group:
-        yield group
+    group = WorkerGroup(Worker, SIZE, name="one")
+    yield group
+    group.kill()
 
 
 @pytest.fixture
@@ -35,7 +36,8 @@ def group(shared):
 def fifo(tmp_path):
     path = str(tmp_path / "fifo")
     os.mkfifo(path)
-    return path
+    yield path
+    remove_fifo(path)
 
 
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])

@@ -8,7 +8,9 @@ import signal
 import pytest
 from drivers import Script, Watch, readable
 
-WITHIN = 0.5  # seconds from the driver's end to that of the last of them
+# Seconds from the driver's end to that of the last of them: no measure of it, which is what
+# benchmarks/bounds.py takes, for a busy machine has a second of its own.
+WITHIN = 5.0
 
 WORKER = """
 class Worker:

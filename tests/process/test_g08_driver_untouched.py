@@ -242,8 +242,8 @@ def test_control_c_ends_the_driver_alone(stage, body):
         terminal.see(seen, 1 if seen == "now" else 2)
         with Watch(pids_in(terminal.text)) as watch:
             terminal.press()
-            assert terminal.end(5) in INTERRUPTED
-            assert watch.left(0.5) == []
+            assert terminal.end(20) in INTERRUPTED
+            assert watch.left(5) == []
     if stage != "await":  # asyncio.run raises its own over the task's CancelledError
         assert_one_traceback(terminal.text)
 
@@ -265,9 +265,9 @@ with WorkerGroup(Worker, 2) as group:
             terminal.see("on the way out")
             pressed = time.monotonic()
             terminal.press()
-            assert terminal.end(5) in INTERRUPTED
-            assert time.monotonic() - pressed < 2
-            assert watch.left(0.5) == []
+            assert terminal.end(20) in INTERRUPTED
+            assert time.monotonic() - pressed < 8
+            assert watch.left(5) == []
 
 
 def test_control_c_in_a_start_leaves_nothing():
@@ -285,9 +285,9 @@ def test_control_c_in_a_start_leaves_nothing():
         with Watch([launcher, *workers]) as watch:
             pressed = time.monotonic()
             terminal.press()
-            assert terminal.end(5) in INTERRUPTED
-            assert time.monotonic() - pressed < 2
-            assert watch.left(0.5) == []
+            assert terminal.end(20) in INTERRUPTED
+            assert time.monotonic() - pressed < 8
+            assert watch.left(5) == []
     assert_one_traceback(terminal.text)
 
 
@@ -308,23 +308,26 @@ def test_control_c_turns_the_wait_of_close_into_a_kill(form):
         with Watch(pids_in(terminal.text)) as watch:
             pressed = time.monotonic()
             terminal.press()
-            assert terminal.end(5) in INTERRUPTED
-            assert time.monotonic() - pressed < 2
-            assert watch.left(0.5) == []
+            assert terminal.end(20) in INTERRUPTED
+            assert time.monotonic() - pressed < 8
+            assert watch.left(5) == []
     assert_one_traceback(terminal.text)
 
 
-def test_a_call_goes_on_after_control_c_and_the_group_is_usable():
+def test_a_call_goes_on_after_control_c_and_the_group_is_usable(tmp_path):
     code = f"""{WORKER}
 group = WorkerGroup(Worker, 2)
-def slow(worker):
+let_go = {str(tmp_path / "let go")!r}
+def slow(worker, let_go):
     print("working", flush=True)
     worker.finished = 0
-    time.sleep(0.3)
+    while not os.path.exists(let_go):
+        time.sleep(0.01)
     worker.finished = 1
     return "late"
-try: group.call(slow)
+try: group.call(slow, let_go)
 except KeyboardInterrupt: print("caught", flush=True)
+open(let_go, "x").close()
 say(value=group.options(timeout=10).call(lambda worker: worker.finished))
 group.close()
 """
@@ -333,7 +336,7 @@ group.close()
         terminal.press()
         terminal.see("caught")
         terminal.see('"value": [1, 1]')
-        assert terminal.end(5) == 0
+        assert terminal.end(20) == 0
     assert "Traceback" not in terminal.text
 
 

@@ -186,7 +186,7 @@ def test_a_result_that_nobody_fetches_gives_its_memory_back():
         for _ in range(20):
             group.submit("make", LARGE, 1)
         late = group.options(timeout=0.05).submit(
-            lambda worker: __import__("time").sleep(0.2) or np.ones(LARGE)
+            lambda worker: __import__("time").sleep(1.0) or np.ones(LARGE)
         )
         with pytest.raises(TimeoutError):
             late.result()
@@ -491,9 +491,12 @@ struck = answered = 0
 wrong = []
 kept = []
 import random
-until = time.monotonic() + float(sys.argv[1])
+began = time.monotonic()
+def goes_on():
+    took = time.monotonic() - began
+    return took < float(sys.argv[1]) or (took < 40 and (struck <= 100 or answered <= 10))
 number = 0
-while time.monotonic() < until:
+while goes_on():
     number += 1
     array = np.full((300_001, 9_000, 120_000)[number % 3], number)
     try:
@@ -523,7 +526,7 @@ group.close()
 
 def test_alarms_that_raise_during_large_calls_mix_up_nothing():
     with Script(STRIKES, "4") as script:
-        said = script.line(60)
+        said = script.line(90)
         assert said["wrong"] == []
         assert said["struck"] > 100
         assert said["answered"] > 10

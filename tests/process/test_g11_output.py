@@ -414,5 +414,5 @@ def test_a_fast_printer_costs_no_time_of_its_neighbour():
         began = time.monotonic()
         for _ in range(20):
             group[1].call(lambda worker: None)
-        assert time.monotonic() - began < 2
-        flood.result(20)
+        assert time.monotonic() - began < 10
+        flood.result(60)

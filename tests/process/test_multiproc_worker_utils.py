@@ -93,7 +93,7 @@ def test_as_vllm_uses_it(crew, end):
     else:
         team.monitor.close()
         team.monitor.close()  # a second call does nothing
-    team.monitor.join(2)
+    team.monitor.join(SECONDS)
     team.assert_stopped()
     codes = {worker.process.exitcode for worker in team.workers}
     assert codes == ({-signal.SIGKILL} if end == "killed" else {0})
@@ -117,7 +117,7 @@ def test_as_vllm_uses_it_with_asyncio(crew, end):
             team.workers[3].process.kill()
         else:
             team.monitor.close()
-        await asyncio.to_thread(team.monitor.join, 2)
+        await asyncio.to_thread(team.monitor.join, SECONDS)
         team.assert_stopped()
         with pytest.raises(ChildProcessError, match=r"^worker died"):
             await team.workers[0].execute_method_async("worker_method", "late")

@@ -46,7 +46,7 @@ hear()
         said = script.line()
         with Watch({pid for group in said["pids"] for pair in group for pid in pair}) as watch:
             script.kill()
-            assert watch.left(0.7) == []
+            assert watch.left(5) == []
 
 
 def test_a_nested_group_can_be_closed_by_its_worker():
@@ -59,7 +59,7 @@ with WorkerGroup(Outer, 1) as group:
 """
     with Script(code) as script:
         pids = {pid for pair in script.line()["pids"] for pid in pair}
-        until(lambda: not any(map(alive, pids)), 1)
+        until(lambda: not any(map(alive, pids)), 5)
         script.tell()
         assert script.end() == 0
         assert script.errors() == ""
@@ -76,7 +76,7 @@ here, there = context.Pipe()
 process = context.Process(target=work, args=(there,), daemon=True)
 process.start()
 say(value=here.recv())
-process.join(5)
+process.join(15)
 say(code=process.exitcode)
 """
     with Script(code) as script:

@@ -15,14 +15,20 @@ from pains_ranks import FailsTwice, Profiler
 
 from rankwise import StartupError, WorkerGroup
 
+# All four within one pause, and rank 2 first, however slow the machine is.
 CHAIN = """
-import time
+import os, time
+import rankwise._ledger
 from rankwise import WorkerGroup, worker_info
+rankwise._ledger.FAILURE_PAUSE = 20.0
 class Shard:
     def step(self):
         if worker_info().rank == 2:
+            open("failed", "x").close()
             raise MemoryError("no room for the cache")
-        time.sleep(0.02)
+        while not os.path.exists("failed"):
+            time.sleep(0.01)
+        time.sleep(0.3)
         raise ConnectionError("a peer has closed the connection")
 with WorkerGroup(Shard, 4) as group:
     group.call(Shard.step)
@@ -32,7 +38,7 @@ with WorkerGroup(Shard, 4) as group:
 def test_four_ranks_that_fail_in_a_chain_print_one_traceback(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(CHAIN)
     done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=30
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (1, "")
     # One of the rank that failed first, and the driver's own, which it is the cause of.
@@ -79,7 +85,7 @@ def test_a_service_can_end_with_its_group_and_say_so_by_its_status() -> None:
             assert "rank 1" in told["why"] and "SIGABRT" in told["why"]
             assert told["healthy"] is False
             assert script.process.wait(10) == 17
-            assert watch.left(2) == []
+            assert watch.left(10) == []
 
 
 MORTAL = """
@@ -101,7 +107,7 @@ def test_fifty_drivers_that_are_killed_leave_nothing() -> None:
             with Watch(pids) as watch:
                 for script in scripts:
                     script.kill()
-                assert watch.left(2) == []
+                assert watch.left(10) == []
         finally:
             for script in scripts:
                 script.__exit__()
@@ -111,7 +117,7 @@ def test_a_worker_that_needs_its_time_to_leave_has_it(tmp_path: Path) -> None:
     group = WorkerGroup(Profiler, 2, args=(str(tmp_path / "profile"),))
     began = time.monotonic()
     group.close(timeout=10)
-    assert 1.4 < time.monotonic() - began < 6
+    assert 1.4 < time.monotonic() - began < 9
     for rank in (0, 1):
         lines = (tmp_path / f"profile.{rank}").read_text().splitlines()
         assert lines == [str(part) for part in range(30)]

@@ -87,15 +87,15 @@ def test_a_start_is_held_up(start, fault, at):
 @pytest.mark.parametrize("at", ["receive", "run", "reply"])
 def test_a_call_is_held_up_and_then_answered(start, fault, at):
     """For longer than a lost message would take to be reported: it is none."""
-    group = start(fault(1, 1.5, at=at, call=2))
+    group = start(fault(1, 2.5, at=at, call=2))
     group.call("echo", 0)
     began = time.monotonic()
-    future = group.options(timeout=0.2).submit("echo", 1)
+    future = group.options(timeout=1.0).submit("echo", 1)
     with pytest.raises(CallTimeout) as caught:
         future.result()
     assert caught.value.missing == (1,)
     assert group[1].call("echo", 2) == 2
-    assert 1.5 <= time.monotonic() - began < 5
+    assert 2.5 <= time.monotonic() - began < 10
     assert group.call("all_that_ran") == [[0, 1], [0, 1, 2]]
 
 
@@ -133,13 +133,13 @@ def test_hold_gil_stops_every_thread_of_the_rank_and_delay_does_not(start):
         ("receive", r"echo\(\) \(call 3\) was lost: the rank is idle and has read all", False),
     ],
 )
-def test_a_message_that_is_dropped_is_reported_within_a_second(start, at, words, ran):
+def test_a_message_that_is_dropped_is_reported_soon(start, at, words, ran):
     group = start(drop(1, at=at, call=2))
     group.call("echo", 0)
     began = time.monotonic()
     with pytest.raises(GroupBroken, match=words) as caught:
         group.call("echo", 1)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 3.0  # test_lost_messages.py has the second itself
     assert f"rank 1 (pid {group.pids[1]})" in str(caught.value)
 
 

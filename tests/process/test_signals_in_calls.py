@@ -94,15 +94,16 @@ def test_an_alarm_that_raises_every_third_of_a_millisecond_loses_nothing(ranks, 
     with Script(code, str(ranks), str(calls), how) as script:
         said = script.line(90)
         assert said["wrong"] == []
-        assert said["struck"] > 100
+        struck = said["struck"]
+        assert struck > 100
         said = script.line()
         never_sent = said.pop("never_sent")
         assert said == {"ordered": True, "alike": True, "none_lost": True}
-        assert never_sent < calls / 2
+        assert never_sent <= struck
         assert script.line()["after"] == 100
         said = script.line()
         assert said["threads"] == 1
-        assert said["closed"] < 3
+        assert said["closed"] < 10
         assert script.end() == 0
 
 
@@ -110,7 +111,7 @@ def test_an_alarm_that_raises_every_third_of_a_millisecond_loses_nothing(ranks, 
 def test_what_a_handler_raises_is_never_taken_for_the_librarys_own(base):
     """A handler may raise what the socket calls themselves raise."""
     with Script(STRIKES.format(base=base), "2", "3000", "call") as script:
-        said = script.line(60)
+        said = script.line(90)
         assert said["wrong"] == []
         assert said["struck"] > 100
         said = script.line()
@@ -181,6 +182,7 @@ def test_an_answer_that_was_taken_off_the_socket_when_the_leader_was_struck_arri
 
 
 def test_a_strike_between_the_epoll_and_the_note_of_it_delays_no_callback(monkeypatch):
+    monkeypatch.setattr("rankwise._keeper.TICK", 30.0)
     with WorkerGroup(Worker, 2) as group:
         group.call("echo", 0)
         lead = group._engine.pump.lead
@@ -197,11 +199,9 @@ def test_a_strike_between_the_epoll_and_the_note_of_it_delays_no_callback(monkey
         future = group[0].submit(lambda worker: time.sleep(0.1))
         future.add_done_callback(lambda future: called.set())
         lead._arm_keeper = struck
-        began = time.monotonic()
         with pytest.raises(Strike):
             group[1].call("echo", 1)
-        assert called.wait(5)
-        assert time.monotonic() - began < 0.3  # and not when the keeper next looks around
+        assert called.wait(5)  # and not when the keeper next looks around
 
 
 def test_a_struck_leader_does_not_keep_the_other_waiters(raising_handler, monkeypatch):
@@ -289,7 +289,7 @@ def test_a_handler_that_calls_at_any_moment_gets_its_answer_or_is_told_why_not(e
     group.close()
     """
     with Script(code, str(every), str(nested)) as script:
-        said = script.line(60)
+        said = script.line(90)
         assert said["wrong"] == []
         assert said["answered"] > 20
         assert all("signal handler" in why for why in said["why"])
@@ -318,7 +318,7 @@ def test_an_alarms_timeout_bounds_a_wait_and_the_group_goes_on(tmp_path):
             began = time.monotonic()
             with pytest.raises(TimeoutError, match="the user's own"):
                 group[0].call(hold, path)
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 5
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
@@ -330,6 +330,8 @@ def test_an_alarms_timeout_bounds_a_wait_and_the_group_goes_on(tmp_path):
 def test_a_handler_whose_call_settles_the_waiters_own_does_not_leave_it_asleep():
     """The handler strikes between the waiter's last look and its sleep, sooner or later."""
     code = """
+    import rankwise._keeper
+    rankwise._keeper.TICK = 30.0  # which would wake one that is asleep: a slow machine is no reason
     class Worker:
         def echo(self, value): return value
     group = WorkerGroup(Worker, 1, spin=0)
@@ -342,11 +344,11 @@ def test_a_handler_whose_call_settles_the_waiters_own_does_not_leave_it_asleep()
         signal.setitimer(signal.ITIMER_REAL, 1e-5 + turn % 100 * 1e-6)
         began = time.monotonic()
         group.call("echo", turn)
-        slow.append(time.monotonic() - began > 0.1)
+        slow.append(time.monotonic() - began > 5)
         signal.setitimer(signal.ITIMER_REAL, 0)
     group.close()
     say(slow=sum(slow))
     """
     with Script(code) as script:
-        assert script.line(60)["slow"] == 0
+        assert script.line(90)["slow"] == 0
         assert script.end() == 0

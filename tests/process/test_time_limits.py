@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import pickle
 import re
 import signal
+import statistics
 import time
 
 import pytest
-from drivers import in_thread, until
+from drivers import in_thread, open_fifo, remove_fifo, until
 from time_limits_ranks import Worker
+from untold import explained, late, untold
 
 from rankwise import CallTimeout, StartupTimeout, WorkerGroup, _slow, worker_info
 from rankwise._messages import STACK_SIGNAL
@@ -29,11 +32,12 @@ def group():
 def gate(tmp_path):
     path = str(tmp_path / "gate")
     os.mkfifo(path)
-    return path
+    yield path
+    remove_fifo(path)
 
 
 def open_gate(path):
-    os.close(os.open(path, os.O_WRONLY))
+    os.close(open_fifo(path))
 
 
 def launcher_of(group):
@@ -62,13 +66,14 @@ def dumped(pid):
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
 def test_a_deadline_says_who_has_answered_and_what_the_others_do(start_method, gate):
     with WorkerGroup(Worker, 3, logs="off", start_method=start_method) as group:
-        with pytest.raises(CallTimeout) as caught:
-            group.options(timeout=1.0).call(Worker.load, gate)
-        error = caught.value
+        error = explained(
+            lambda: group.options(timeout=1.0).call(Worker.load, gate),
+            again=lambda: (open_gate(gate), group.flush()),
+        )
         open_gate(gate)
         assert re.fullmatch(
             r"load\(\) has 2 of 3 answers after 1\.0 s; waiting for rank 1 of workers\n"
-            rf"  rank 1: pid {group.pids[1]}, running load\(\) for [01]\.\d s, "
+            rf"  rank 1: pid {group.pids[1]}, running load\(\) for \d\.\d s, "
             r"in time_limits_ranks\.py:\d+ wait_at; "
             r'last line: "compiling kernels"; asleep, \d+% CPU',
             str(error),
@@ -87,8 +92,7 @@ def test_a_rank_that_computes_is_told_from_one_that_waits(group, gate, tmp_path)
     waits = group[0].options(timeout=1.5).submit(Worker.wait_at, gate)
     spins = group[1].options(timeout=1.5).submit(Worker.spin, str(tmp_path / "mark"))
     errors = [future.exception(20) for future in (waits, spins)]
-    assert errors[0].cpu[0] < 0.1
-    assert errors[1].cpu[1] > 0.2, "it shares two cores with whatever else runs"
+    assert errors[1].cpu[1] > 5 * errors[0].cpu[0], "they share the cores with whatever else runs"
     (tmp_path / "mark").touch()
     open_gate(gate)
 
@@ -100,62 +104,74 @@ def test_a_call_that_is_queued_says_behind_what(group, gate):
     for ahead in (0, 80):
         for _ in range(ahead):
             group[1].submit(Worker.pid)
-        with pytest.raises(CallTimeout) as caught:
-            group[1].options(timeout=0.3).call(Worker.pid)
+        error = explained(lambda: group[1].options(timeout=0.3).call(Worker.pid))
         assert re.search(
             r"pid\(\) has 0 of 1 answers after 0\.3 s; waiting for rank 1 of workers\n  rank 1: "
             r"pid \d+, queued behind wait_at\(\), running for \d+\.\d s, in time_limits_ranks",
-            str(caught.value),
+            str(error),
         )
-        assert caught.value.states == {1: "queued"}
-        assert "in wait_at" in caught.value.stacks[1]
+        assert error.states == {1: "queued"}
+        assert "in wait_at" in error.stacks[1]
     open_gate(gate)
 
 
 def test_a_stopped_rank_is_named_as_stopped(group):
+    assert group.call(Worker.pid) == group.pids
     os.kill(group.pids[2], signal.SIGSTOP)
-    with pytest.raises(CallTimeout) as caught:
-        group.options(timeout=0.3).call(Worker.pid)
+    error = explained(lambda: group.options(timeout=1.0).call(Worker.pid))
     os.kill(group.pids[2], signal.SIGCONT)
-    assert caught.value.states == {2: "stopped"}
-    assert caught.value.stacks == {2: None}
-    assert caught.value.reasons == {2: "it is stopped"}
+    assert error.states == {2: "stopped"}
+    assert error.stacks == {2: None}
+    assert error.reasons == {2: "it is stopped"}
     assert group.call(Worker.pid) == group.pids
 
 
-def test_a_rank_that_does_not_tell_its_stack_costs_a_tenth_of_a_second_and_no_more(group):
-    blocked = group[1].submit(Worker.block, 1.5)
+def test_a_rank_that_does_not_tell_its_stack_costs_a_tenth_of_a_second_and_no_more(group, tmp_path):
+    let_go = tmp_path / "let go"
+    blocked = group[1].submit(Worker.block, 0.2, str(let_go))
     until(lambda: blocks(group.pids[1]), what="it blocks all signals")
-    began = time.monotonic()
-    with pytest.raises(CallTimeout) as caught:
-        group[1].options(timeout=0.2).call(Worker.pid)
-    took = time.monotonic() - began
-    assert 0.29 < took < 0.6, "0.2 s, 0.1 s for the rank, and what a busy machine adds"
-    assert caught.value.stacks == {1: None}
-    assert "it blocked signals 61 and 62 for 100 ms" in caught.value.reasons[1]
-    assert "queued behind block(), running for" in str(caught.value)
+    for _ in range(10):
+        began = time.monotonic()
+        with pytest.raises(CallTimeout) as caught:
+            group[1].options(timeout=0.2).call(Worker.pid)
+        took = time.monotonic() - began
+        assert took < 2, "0.2 s, 0.1 s for the rank, and what a busy machine adds"
+        assert caught.value.stacks == {1: None}
+        assert "queued behind block(), running for" in str(caught.value)
+        if "it blocked signals 61 and 62 for 100 ms" in caught.value.reasons.get(1, ""):
+            break
+        assert late(caught.value), caught.value
+    else:
+        raise AssertionError("the launcher had no tenth of a second for it, ten times")
+    assert took > 0.29
+    let_go.touch()
     assert blocked.result() == "done"
 
 
 def test_an_answer_that_comes_while_the_deadline_is_explained_is_too_late(group):
-    late = group[1].options(timeout=0.4).submit(Worker.block, 0.45)
-    with pytest.raises(CallTimeout):
-        late.result(20)
-    assert group[1].call(Worker.pid) == group.pids[1]
+    for _ in range(5):  # 50 ms are much for a machine that stalls
+        future = group[1].options(timeout=0.4).submit(Worker.block, 0.45)
+        error = future.exception(20)
+        assert group[1].call(Worker.pid) == group.pids[1]
+        if error is not None:
+            break
+    assert isinstance(error, CallTimeout)
 
 
 def test_a_rank_that_the_question_wakes_is_told_of_as_it_was_before(group):
     """C code that sleeps returns early from a signal: the answer may come before the stack."""
-    with pytest.raises(CallTimeout) as caught:
-        group[1].options(timeout=0.3).call(Worker.sleep_in_c, 30)
-    assert caught.value.states == {1: "running"}
-    assert "in sleep_in_c" in caught.value.stacks[1]
+    assert group.call(Worker.pid) == group.pids
+    view = group[1].options(timeout=0.5)
+    error = explained(lambda: view.call(Worker.sleep_in_c, 5), again=group.flush)
+    assert error.states == {1: "running"}
+    assert "in sleep_in_c" in error.stacks[1]
     assert group[1].call(Worker.pid) == group.pids[1]
 
 
-def test_nobody_else_waits_while_a_deadline_is_explained(group):
+def test_nobody_else_waits_while_a_deadline_is_explained(group, tmp_path):
     """The stack of a rank that blocks the signal is waited for by nobody's thread and no loop."""
-    blocked = group[1].submit(Worker.block, 2.0)
+    let_go = tmp_path / "let go"
+    blocked = group[1].submit(Worker.block, 0.2, str(let_go))
     until(lambda: blocks(group.pids[1]), what="it blocks all signals")
 
     async def main():
@@ -173,9 +189,10 @@ def test_nobody_else_waits_while_a_deadline_is_explained(group):
         return done.pop().result(), gaps, answers
 
     error, gaps, answers = asyncio.run(main())
-    assert isinstance(error, CallTimeout) and error.reasons
-    assert answers > 20
-    assert sorted(gaps)[-2] < 0.08, "no call of the loop waited for the stack"
+    let_go.touch()
+    assert isinstance(error, CallTimeout) and late(error)
+    assert answers > 5
+    assert statistics.median(gaps) < 0.08, "no call of the loop waited for the stack"
     assert blocked.result() == "done"
 
 
@@ -187,52 +204,61 @@ async def _outcome(future):
 
 
 def test_many_deadlines_at_once_are_all_explained(group, gate):
-    group.submit(Worker.load, gate, (0, 1, 2))
+    held = group.submit(Worker.load, gate, (0, 1, 2))
     until(lambda: all(each.method == "load" for each in group.health()), what="they wait")
     view = group.options(timeout=0.3)
     futures = [view.submit(Worker.pid) for _ in range(200)]
     before = dumped(group.pids[0])
-    for future in futures:
-        error = future.exception(20)
+    errors = [future.exception(20) for future in futures]
+    for error in errors:
         assert error.missing == (0, 1, 2)
-        assert all("in wait_at" in error.stacks[rank] for rank in range(3))
-    one = len(error.stacks[0])
+        assert late(error) or all("in wait_at" in error.stacks[rank] for rank in range(3))
+    one = max(len(error.stacks[0] or "") for error in errors)
+    assert one, "no question was answered in time"
     assert dumped(group.pids[0]) - before <= 5 * one, "one question served them all"
-    for _ in range(3):
-        open_gate(gate)
+
+    def let_through():
+        """One writer lets all through who wait then, and those to come need another."""
+        with contextlib.suppress(OSError):  # nobody reads
+            os.close(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
+        return held.done()
+
+    until(let_through, what="all have left the gate")
 
 
 def test_a_program_that_polls_with_short_deadlines_does_not_flood_its_workers(group, gate):
     group[0].submit(Worker.wait_at, gate)
     until(lambda: group.health()[0].method == "wait_at", what="it waits")
     view = group[0].options(timeout=0.005)
-    with pytest.raises(CallTimeout) as caught:
-        view.call(Worker.pid)
-    one = len(caught.value.stacks[0])
+    one = len(explained(lambda: view.call(Worker.pid)).stacks[0])
     before, began = dumped(group.pids[0]), time.monotonic()
     for _ in range(40):
-        with pytest.raises(CallTimeout) as caught:
-            view.call(Worker.pid)
-        assert "in wait_at" in caught.value.stacks[0]
+        error = explained(lambda: view.call(Worker.pid))
+        assert "in wait_at" in error.stacks[0]
     took = time.monotonic() - began
     assert (dumped(group.pids[0]) - before) / one <= took / 0.1 + 1
     open_gate(gate)
 
 
 def test_a_deadline_is_kept_by_a_group_whose_launcher_is_stopped(group, gate):
+    assert group.call(Worker.pid) == group.pids
     launcher = launcher_of(group)
     os.kill(launcher, signal.SIGSTOP)
     try:
-        began = time.monotonic()
-        with pytest.raises(CallTimeout) as caught:
-            group.options(timeout=0.2).call(Worker.load, gate)
-        assert time.monotonic() - began < 0.7
+        for _ in range(5):
+            began = time.monotonic()
+            with pytest.raises(CallTimeout) as caught:
+                group.options(timeout=1.0).call(Worker.load, gate)
+            assert time.monotonic() - began < 4
+            open_gate(gate)
+            group.flush()
+            if caught.value.reasons:  # a keeper that is late itself has none
+                break
     finally:
         os.kill(launcher, signal.SIGCONT)
     assert caught.value.answered == (0, 2)
     assert caught.value.reasons == {1: "the launcher does not answer"}
     assert "running load() for" in str(caught.value)
-    open_gate(gate)
 
 
 def test_a_close_and_a_death_do_not_wait_for_an_explanation(group):
@@ -241,20 +267,21 @@ def test_a_close_and_a_death_do_not_wait_for_an_explanation(group):
             break
         group[1].submit(Worker.block, 30)
         until(lambda: blocks(group.pids[1]), what="it blocks all signals")
-        late = group[1].options(timeout=0.05).submit(Worker.pid)
-        asker = in_thread(lambda late=late: late.exception(20))
+        future = group[1].options(timeout=0.05).submit(Worker.pid)
+        asker = in_thread(lambda future=future: future.exception(20))
         end()
         assert asker.value(20) is not None
 
 
 def test_patience_interrupts_nobody(group):
-    future = group[0].submit(Worker.sleep_in_c, 0.8)
+    assert group.call(Worker.pid) == group.pids
+    future = group[0].submit(Worker.sleep_in_c, 3.0)
     with pytest.raises(CallTimeout) as caught:
-        future.result(timeout=0.3)
-    assert "result(0.3) has waited its 0.3 s" in str(caught.value)
+        future.result(timeout=0.5)
+    assert "result(0.5) has waited its 0.5 s" in str(caught.value)
     assert caught.value.states == {0: "running"}
     assert caught.value.stacks == {0: None}
-    assert future.result() >= 0.8
+    assert future.result() >= 3.0
     assert dumped(group.pids[0]) == 0
 
 
@@ -266,12 +293,19 @@ def slow_ones(caplog):
 
 
 def test_a_slow_call_is_logged_once_with_its_stacks_and_goes_on(group, gate, caplog):
-    future = group.options(slow_after=0.3).submit(Worker.load, gate)
-    until(lambda: slow_ones(caplog), what="it is logged")
-    assert not future.done()
-    (text,) = slow_ones(caplog)
+    assert group.call(Worker.pid) == group.pids
+    for _ in range(5):
+        future = group.options(slow_after=0.7).submit(Worker.load, gate)
+        until(lambda: slow_ones(caplog), what="it is logged")
+        assert not future.done()
+        (text,) = slow_ones(caplog)
+        if not untold(text):
+            break
+        caplog.clear()
+        open_gate(gate)
+        future.result()
     assert re.match(
-        r"load\(\) takes longer than 0\.3 s: it has 2 of 3 answers; waiting for rank 1 of workers\n"
+        r"load\(\) takes longer than 0\.7 s: it has 2 of 3 answers; waiting for rank 1 of workers\n"
         r"  rank 1: pid \d+, running load\(\) for \d+\.\d s, in time_limits_ranks\.py:\d+ wait_at; "
         r'last line: "compiling kernels"',
         text,
@@ -285,7 +319,7 @@ def test_a_slow_call_is_logged_once_with_its_stacks_and_goes_on(group, gate, cap
 
 
 def test_a_call_that_is_fast_enough_is_not_logged(group, caplog):
-    view = group.options(slow_after=0.2)
+    view = group.options(slow_after=5)
     assert [view.call(Worker.pid) for _ in range(50)] == [group.pids] * 50
     assert group[0].call(Worker.sleep_in_c, 0.5) >= 0.5
     assert not slow_ones(caplog)
@@ -293,6 +327,7 @@ def test_a_call_that_is_fast_enough_is_not_logged(group, caplog):
 
 def test_a_queued_call_may_be_slow_too(group, gate, caplog):
     group[1].submit(Worker.wait_at, gate)
+    until(lambda: group.health()[1].method == "wait_at", what="it waits")
     future = group[1].options(slow_after=0.2).submit(Worker.pid)
     until(lambda: slow_ones(caplog), what="it is logged")
     assert "rank 1: pid" in slow_ones(caplog)[0]
@@ -304,19 +339,20 @@ def test_a_queued_call_may_be_slow_too(group, gate, caplog):
 def test_by_default_a_call_is_logged_after_a_minute_and_nobody_is_interrupted(
     group, caplog, monkeypatch
 ):
-    monkeypatch.setattr(_slow, "SLOW_AFTER", 0.3)
-    future = group[1].submit(Worker.sleep_in_c, 1.2)
+    assert group.call(Worker.pid) == group.pids
+    monkeypatch.setattr(_slow, "SLOW_AFTER", 0.6)
+    future = group[1].submit(Worker.sleep_in_c, 2.4)
     until(lambda: slow_ones(caplog), what="it is logged")
     assert re.match(
-        r"sleep_in_c\(\) takes longer than 0\.3 s: it has 0 of 1 answers; waiting for rank 1 of "
+        r"sleep_in_c\(\) takes longer than 0\.6 s: it has 0 of 1 answers; waiting for rank 1 of "
         r"workers\n  rank 1: pid \d+, running sleep_in_c\(\) for \d\.\d s; asleep(, \d+% CPU)?$",
         slow_ones(caplog)[0],
     )
-    assert future.result() >= 1.2
+    assert future.result() >= 2.4
     assert dumped(group.pids[1]) == 0
     assert len(slow_ones(caplog)) == 1
-    # What has taken 1.2 s may take so long again.
-    assert group[1].call(Worker.sleep_in_c, 1.2) >= 1.2
+    # What has taken 2.4 s may take so long again.
+    assert group[1].call(Worker.sleep_in_c, 2.4) >= 2.4
     assert len(slow_ones(caplog)) == 1
 
 
@@ -342,10 +378,10 @@ def test_a_start_that_takes_too_long_says_where_each_rank_is(logs, gate):
                 file.read()
 
     began = time.monotonic()
-    with pytest.raises(StartupTimeout) as caught:
-        WorkerGroup(Stuck, 2, start_timeout=4.0, logs=logs)
-    assert time.monotonic() - began < 7
-    error = caught.value
+    error = explained(
+        lambda: WorkerGroup(Stuck, 2, start_timeout=4.0, logs=logs), kind=StartupTimeout
+    )
+    assert time.monotonic() - began < 30
     assert re.search(
         r"1 of 2 ranks were not ready after 4 s \(start_timeout\):\n"
         r"  rank 1: pid \d+, construct, in test_time_limits\.py:\d+ load; "

@@ -23,7 +23,7 @@ from rankwise import WorkerGroup
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch"),
-    pytest.mark.limit(180),  # an import of torch takes a second, or ten where others compute too
+    pytest.mark.limit(300),  # an import of torch takes a second, or ten where others compute too
 ]
 
 # By value: a worker need not import this file, and pytest with it.

@@ -38,8 +38,11 @@ class Worker:
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))
         return time.monotonic() - began
 
-    def block(self, seconds):
+    def block(self, seconds, path=None):
+        """Lets no signal through for so long, or so long again and again until `path` is there."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
         ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+        while path is not None and not os.path.exists(path):
+            ctypes.PyDLL(None).usleep(int(seconds * 1e6))
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return "done"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -43,11 +43,13 @@ plain = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(), st.lists(plain).map(tuple), st.dictionaries(st.text(), plain, max_size=5))
 def test_any_plain_call_arrives(method, args, kwargs):
     assert loads(encode_call(method, args, kwargs)) == (method, args, kwargs)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(plain, st.booleans())
 def test_any_plain_result_arrives_by_either_pickler(value, by_value):
     if by_value:

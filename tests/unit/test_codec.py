@@ -852,9 +852,9 @@ def test_the_search_gives_up_in_time(monkeypatch):
 
     wide = [[Holder(x=number) for number in range(100)] for _ in range(500)] + [LOCK]
     assert culprit.find({"result": wide}).path == "result[500]"
-    before = time.monotonic()
+    before = time.process_time()
     assert culprit.find({"result": wide}, seconds=0.005) is None
-    assert time.monotonic() - before < 0.1
+    assert time.process_time() - before < 0.1
     monkeypatch.setattr(culprit, "find", lambda roots: None)
     with pytest.raises(SerializationError, match=r"the result cannot be pickled \(TypeError: "):
         encode_result(wide)
@@ -865,10 +865,10 @@ def test_a_lock_beside_large_arrays_is_found_without_copying_them():
     roots = {"args[0]": {"arrays": arrays, "lock": LOCK}}
     from rankwise.wire.culprit import find
 
-    before = time.monotonic()
+    before = time.process_time()
     found = find(roots)
     assert found is not None and found.path == "args[0]['lock']"
-    assert time.monotonic() - before < 0.2
+    assert time.process_time() - before < 0.2
 
 
 # ---- what it costs -----------------------------------------------------------------------------

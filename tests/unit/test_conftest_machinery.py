@@ -40,7 +40,7 @@ LEAKS = {
     "process": ('kept.append(subprocess.Popen(["sleep", "61"]))', r"process \d+ .*: sleep 61"),
     "orphan": (
         'subprocess.run(["sh", "-c", "setsid sleep 62 & exec true"])',
-        r"process \d+ .*: sleep 62",
+        r"process \d+ .*sleep 62",
     ),
     "zombie": (
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rankwise._lookout import Lookout, Sight
@@ -129,6 +129,7 @@ class Model:
                         self.answer = "fed"
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.booleans(),
     st.lists(st.sampled_from(["rank", "leader", "look 1", "look 2", "look 3"]), max_size=60),

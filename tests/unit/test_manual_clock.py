@@ -179,7 +179,7 @@ def test_a_group_that_is_made_outside_goes_by_the_real_clock():
         clock.advance(LONG)
         assert group.options(timeout=LONG).call("echo", 1) == [1]
         with pytest.raises(CallTimeout):
-            group.submit(lambda worker: time.sleep(0.2)).result(0.01)
+            group.submit(lambda worker: time.sleep(2)).result(0.01)
 
 
 def test_faults_of_the_fixture_are_of_that_group_alone(inline_group):

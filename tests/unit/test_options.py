@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rankwise._deadline import clock
@@ -88,6 +88,7 @@ def test_an_int_picks_a_rank():
     assert [pick(RANKS, place) for place in (0, 1, 2, -1, -3)] == [4, 2, 7, 7, 4]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 9), st.data())
 def test_a_slice_picks_as_from_a_tuple(size, data):
     ranks = tuple(range(10, 10 + size))
@@ -99,6 +100,7 @@ def test_a_slice_picks_as_from_a_tuple(size, data):
             pick(ranks, index)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 9), st.lists(st.integers(-12, 12), max_size=6))
 def test_a_list_picks_in_its_order_or_says_why_not(size, index):
     ranks = tuple(range(10, 10 + size))

@@ -18,6 +18,8 @@ SOURCE = Path(next(iter(rankwise.__path__))).parent
 CALLS = Path(__file__).parents[1] / "typing" / "calls.py"
 LIMIT = 120  # seconds: a checker that is run for the first time reads the whole standard library
 
+pytestmark = pytest.mark.limit(3 * LIMIT)
+
 
 def run(*command: str) -> str:
     """What a checker says; its exit status is 1 where it reports anything."""

@@ -105,21 +105,26 @@ class Family(NamedTuple):
         seen = _seen.get((self, process))
         if seen is None:
             pid = process.pid
-            seen = str(self.root) in _marks(pid) or (
+            marks = _marks(pid)
+            seen = str(self.root) in (marks or ()) or (
                 bool(self.pipe) and self.pipe in open_files(pid).values()
             )
-            _seen[self, process] = seen
+            if seen or marks is not None:  # in the middle of an exec it has no environment
+                _seen[self, process] = seen
         return seen
 
 
 _seen: dict[tuple[Family, Process], bool] = {}
 
 
-def _marks(pid: int) -> list[str]:
+def _marks(pid: int) -> list[str] | None:
+    """The marks in its environment; None where it shows none."""
     try:
         environ = Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
-        return []
+        return None
+    if not environ:
+        return None
     for entry in environ.split(b"\0"):
         if entry.startswith(MARK.encode() + b"="):
             return entry.decode(errors="replace").partition("=")[2].split("/")
