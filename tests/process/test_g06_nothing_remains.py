@@ -428,7 +428,8 @@ def test_examples_of_use_are_silent_with_every_warning_an_error():
 with WorkerGroup(Worker, 2) as group:
     group.call("echo", 1)
     group.submit("echo", 1).result()
-    import asyncio
+    import asyncio, logging
+    logging.getLogger("asyncio").setLevel("ERROR")  # a slow machine's "took 0.1 seconds" is none
     async def main(): return await group.submit("echo", 2)
     asyncio.run(main())
 group = WorkerGroup(Worker, 2, start_method="forkserver")
