@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
+from contextlib import suppress
 from queue import SimpleQueue
 
 from rankwise._background import Background
@@ -64,8 +66,16 @@ class Callbacks:
             try:
                 job()
             except BaseException:
-                logger.exception("a callback of %s failed", self._name)
+                self._log_failure()
             job = None  # the thread, while it waits, keeps no future alive
+
+    def _log_failure(self) -> None:
+        try:
+            logger.exception("a callback of %s failed", self._name)
+        except BaseException:
+            # A log handler of the user's: it must not end the callbacks of all others.
+            with suppress(BaseException):
+                sys.excepthook(*sys.exc_info())
 
     def close(self, timeout: float) -> None:
         """Run what was put, and end the thread; `timeout` bounds the wait for a user's callback."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import logging
 import threading
 import time
 import weakref
@@ -95,6 +96,26 @@ def test_callbacks_run_in_order_and_one_that_fails_stops_none(group, gate, caplo
     assert last.wait(20)
     assert heard == [1, 2]
     assert "exception calling callback" in caplog.text
+
+
+def test_a_log_handler_that_fails_ends_no_callbacks(group, gate, monkeypatch):
+    """It is called where a callback has failed; those of other futures must go on."""
+
+    def refuse(record):
+        raise ValueError("no log today")
+
+    told = []
+    monkeypatch.setattr("sys.excepthook", lambda *error: told.append(error[0]))
+    for name in ("rankwise", "concurrent.futures"):
+        monkeypatch.setattr(logging.getLogger(name), "filters", [refuse])
+    future = group[0].submit(Worker.pass_gate, gate.path)
+    future.add_done_callback(lambda future: 1 / 0)
+    after = group[0].submit(Worker.get_rank)
+    heard = threading.Event()
+    after.add_done_callback(lambda future: heard.set())
+    gate.open(0)
+    assert heard.wait(20)
+    assert told == [ValueError]
 
 
 def test_a_callback_may_call_the_group(group, gate):
