@@ -30,11 +30,10 @@ if __version__.rpartition(".")[0] not in TESTED and "RANKWISE_VLLM_UNTESTED" not
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
-from vllm.utils.ompmultiprocessing import OMPProcessManager
-from vllm.utils.torch_utils import OMP_NUM_THREADS_SET_BY_VLLM, set_torch_threads_for_runtime
+from vllm.utils.torch_utils import set_torch_threads_for_runtime
 from vllm.v1.executor.abstract import Executor
 
+from rankwise._vllm_options import group_options
 from rankwise._vllm_rank import Rank
 
 TYPE_CHECKING = False
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 __all__ = ["RankwiseExecutor"]
 
 logger = init_logger("vllm.rankwise")
-POLL = 0.01  # seconds: steps follow each other within less, and each sleep would cost its share
 
 
 class RankwiseExecutor(Executor):  # type: ignore[misc]  # vLLM is not there when types are checked
@@ -73,9 +71,7 @@ class RankwiseExecutor(Executor):  # type: ignore[misc]  # vLLM is not there whe
                 executor._tell()
 
         _show_our_log()
-        replica = "" if parallel.data_parallel_size == 1 else f"-dp{parallel.data_parallel_rank}"
-        options = {"name": f"vllm{replica}", **_options(config)}
-        options |= config.additional_config.get("rankwise", {})
+        options = group_options(config, Rank.__module__)
         self._group = WorkerGroup(
             Rank.make, parallel.world_size, args=(config,), on_failure=failed, **options
         )
@@ -166,29 +162,6 @@ def _then(answers: Future[Any], change: Callable[[Any], Any]) -> Future[Any]:
 
     answers.add_done_callback(settle)
     return changed
-
-
-def _options(config: VllmConfig) -> dict[str, Any]:
-    """What ranks import, once; how they share the CPUs: each on all takes forty times as long."""
-    parallel = config.parallel_config
-    modules = (Rank.__module__, parallel.worker_cls.rpartition(".")[0])
-    made: dict[str, Any] = {"start_method": "forkserver", "preload": modules, "spin": POLL}
-    local = parallel.world_size * max(1, parallel.data_parallel_size_local)
-    if current_platform.is_cpu():
-        try:
-            cpus = OMPProcessManager(config).cpu_lists  # as VLLM_CPU_OMP_THREADS_BIND says
-        except AssertionError:  # it wants a NUMA node a rank
-            if envs.VLLM_CPU_OMP_THREADS_BIND != "auto":
-                raise
-            cpus = "split" if local == parallel.world_size else None
-        if cpus:
-            return made | {"cpus": cpus}
-    if "OMP_NUM_THREADS" not in os.environ:
-        env = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // local))}
-        if not current_platform.is_cpu():
-            env[OMP_NUM_THREADS_SET_BY_VLLM] = "1"  # to load by: its worker then goes on with one
-        made["env"] = env
-    return made
 
 
 def _show_our_log() -> None:

@@ -26,6 +26,7 @@ SOURCE = REPOSITORY / "src"
 LAYERS = (
     ("other ways in", "torch", "vllm", "compat.*", "cli.*", "testing.*"),
     ("what vLLM's workers become", "_vllm_rank"),
+    ("what a group of these is given", "_vllm_options"),
     ("the public names", ""),
     ("the user's verbs", "_group"),
     ("where its engine sits", "_seat"),
@@ -112,7 +113,7 @@ OTHERS = {
     "pytest": ["testing.plugin"],
     "ray": ["backends.ray"],
     # The drop-in sets torch's threads, as the original does, if torch is there.
-    "vllm": ["vllm", "_vllm_rank"],
+    "vllm": ["vllm", "_vllm_options", "_vllm_rank"],
     "torch": ["torch", "compat._vllm_environment", "wire.gpu", "wire.tensors"],
 }
 

@@ -15,6 +15,13 @@ class Model:
         self.rank = worker_info().rank
         self.steps = []
 
+    @classmethod
+    def make(cls, config):
+        return cls()
+
+    def variable(self, name):
+        return os.environ.get(name)
+
     def execute_model(self, step):
         self.steps.append(step)
         return Late(lambda: f"{step} by {self.rank}")

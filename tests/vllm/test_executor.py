@@ -8,26 +8,136 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from ranks import Model
 
-from rankwise import GroupBroken, WorkerGroup
+import rankwise.vllm
+from rankwise import GroupBroken, _vllm_options
+from rankwise._vllm_options import group_options
 from rankwise.vllm import RankwiseExecutor
 
 pytestmark = pytest.mark.limit(300)
 
 
+def config(world_size=4, **options):
+    """As much of vLLM's as an executor reads: two pipeline stages. `options`: WorkerGroup's."""
+    parallel = SimpleNamespace(
+        world_size=world_size,
+        local_world_size=world_size,
+        tensor_parallel_size=world_size // 2,
+        pipeline_parallel_size=2,
+        prefill_context_parallel_size=1,
+        data_parallel_size=1,
+        data_parallel_size_local=1,
+        data_parallel_rank_local=None,
+        data_parallel_index=0,
+        _api_process_count=1,
+        enable_elastic_ep=False,
+        numa_bind=False,
+        worker_cls="ranks.Model",
+        distributed_executor_backend="rankwise.vllm.RankwiseExecutor",
+    )
+    return SimpleNamespace(
+        parallel_config=parallel, kv_transfer_config=None, additional_config={"rankwise": options}
+    )
+
+
 @pytest.fixture
-def executor():
+def start(monkeypatch):
+    """`start(config)`: an executor of ranks without a model, started as vLLM starts one."""
+    made = []
+
+    def start(config):
+        monkeypatch.setattr(rankwise.vllm, "Rank", Model)
+        executor = object.__new__(RankwiseExecutor)
+        executor.vllm_config = config
+        executor.kv_output_aggregator = executor.ec_output_aggregator = None
+        made.append(executor)
+        executor._init_executor()
+        return executor
+
+    yield start
+    for executor in made:
+        if hasattr(executor, "_group"):
+            executor._group.kill()
+
+
+@pytest.fixture
+def executor(start):
     """Four ranks, two pipeline stages of two: the first rank of the last one has the output."""
-    made = object.__new__(RankwiseExecutor)
-    made.output_rank = 2
-    made._callback = None
-    made.kv_output_aggregator = made.ec_output_aggregator = None
-    made._group = WorkerGroup(Model, 4, name="vllm", logs="off")
-    yield made
-    made._group.kill()
+    return start(config(logs="off"))
+
+
+# -- what the group is given ---------------------------------------------------------------------
+
+
+def test_ranks_that_are_spawned_are_not_given_what_a_launcher_imports(start):
+    executor = start(config(2, start_method="spawn", logs="off", env={"MINE": "1"}))
+    assert executor.collective_rpc(Model.variable, args=("MINE",)) == ["1", "1"]
+
+
+def test_what_the_user_says_wins():
+    options = group_options(config(), "ranks")
+    assert options["start_method"] == "forkserver"
+    assert options["preload"] == ("ranks", "ranks")
+    options = group_options(config(start_method="spawn", preload=["json"], name="mine"), "ranks")
+    assert (options["start_method"], options["preload"]) == ("spawn", ["json"]), "refused later"
+    assert options["name"] == "mine"
+    ours = SimpleNamespace(**vars(config()) | {"additional_config": object()})
+    assert group_options(ours, "ranks")["name"] == "vllm", "a platform's own class"
+
+
+def test_the_users_variables_are_added_to_ours(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1-2")
+    assert [one["OMP_NUM_THREADS"] for one in group_options(config(2), "ranks")["env"]] == [
+        "1",
+        "2",
+    ]
+    for env in ({"MINE": "1"}, [{"MINE": "1"}, {"MINE": "1"}]):
+        assert group_options(config(2, env=env), "ranks")["env"] == [
+            {"OMP_NUM_THREADS": "1", "MINE": "1"},
+            {"OMP_NUM_THREADS": "2", "MINE": "1"},
+        ]
+    his = {"OMP_NUM_THREADS": "3"}
+    assert group_options(config(2, env=his), "ranks")["env"] == [his, his]
+    assert "env" not in group_options(config(2, threads=3), "ranks"), "they would clash"
+    assert group_options(config(2, env="MINE"), "ranks")["env"] == "MINE", "refused later"
+
+
+def test_threads_are_counted_as_vllm_counts_them(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setattr(_vllm_options, "startup_omp_num_threads", lambda ranks: 100 // ranks)
+    two = config(2)
+    assert group_options(two, "ranks")["env"] == [{"OMP_NUM_THREADS": "50"}] * 2
+    two.parallel_config.data_parallel_size_local = 2
+    assert group_options(two, "ranks")["env"] == [{"OMP_NUM_THREADS": "25"}] * 2
+    monkeypatch.setattr(_vllm_options.current_platform, "is_cpu", lambda: False)
+    mark = {_vllm_options.OMP_NUM_THREADS_SET_BY_VLLM: "1"}
+    assert group_options(two, "ranks")["env"] == [{"OMP_NUM_THREADS": "25"} | mark] * 2
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert "env" not in group_options(two, "ranks"), "it is inherited"
+
+
+def test_cpus_are_split_only_where_numa_nodes_are_too_few(monkeypatch):
+    def refuses(words):
+        def manager(config):
+            raise AssertionError(words)
+
+        monkeypatch.setattr(_vllm_options, "OMPProcessManager", manager)
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    refuses("Not enough allowed NUMA nodes to bind threads of 4 local CPUWorkers.")
+    assert group_options(config(), "ranks")["cpus"] == "split"
+    refuses("")
+    with pytest.raises(AssertionError):
+        group_options(config(), "ranks")
+
+
+# -- calls -----------------------------------------------------------------------------------------
 
 
 def test_the_output_rank_alone_answers_a_step(executor):
