@@ -59,6 +59,16 @@ class RankwiseExecutor(Executor):  # type: ignore[misc]  # vLLM is not there whe
         parallel = config.parallel_config
         if parallel.enable_elastic_ep:
             raise ValueError("enable_elastic_ep needs distributed_executor_backend='mp' or 'ray'")
+        if parallel.numa_bind:  # vLLM wraps each worker's interpreter in numactl, and ours are not
+            raise ValueError(
+                "numa_bind needs distributed_executor_backend='mp'. Or leave it out, and name each "
+                'rank\'s CPUs: additional_config={"rankwise": {"cpus": [[0, 1], [2, 3]]}}'
+            )
+        # vLLM compares this name: the scheduler waits for the reports of all of a connector's
+        # ranks where it is "mp", and of one where it is not; offloaded caches are shared, or not.
+        # Our outputs are joined and our ranks placed as under "mp", and both the scheduler and the
+        # ranks are made after this.
+        parallel.distributed_executor_backend = "mp"
         # The first tensor-parallel rank of the last pipeline stage has what is sampled.
         stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
         self.output_rank = parallel.world_size - stage

@@ -11,13 +11,17 @@ from rankwise import Late, worker_info
 class Model:
     """What an executor calls of a rank."""
 
-    def __init__(self):
+    def __init__(self, config):
+        self.backend = config.parallel_config.distributed_executor_backend
         self.rank = worker_info().rank
         self.steps = []
 
     @classmethod
     def make(cls, config):
-        return cls()
+        return cls(config)
+
+    def get_backend(self):
+        return self.backend
 
     def variable(self, name):
         return os.environ.get(name)

@@ -137,6 +137,22 @@ def test_cpus_are_split_only_where_numa_nodes_are_too_few(monkeypatch):
         group_options(config(), "ranks")
 
 
+def test_ranks_and_scheduler_read_the_name_mp(start):
+    """What vLLM does for this name alone: it expects a report of every rank that loads, say."""
+    made = config(2, logs="off")
+    executor = start(made)
+    assert made.parallel_config.distributed_executor_backend == "mp"
+    assert executor.collective_rpc("get_backend") == ["mp"] * 2
+
+
+@pytest.mark.parametrize("option", ["enable_elastic_ep", "numa_bind"])
+def test_what_we_cannot_do_is_refused_with_what_to_do(start, option):
+    made = config(2)
+    setattr(made.parallel_config, option, True)
+    with pytest.raises(ValueError, match=f"{option} needs distributed_executor_backend='mp'"):
+        start(made)
+
+
 # -- calls -----------------------------------------------------------------------------------------
 
 
