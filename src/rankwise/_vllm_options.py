@@ -21,8 +21,12 @@ POLL = 0.01  # seconds: steps follow each other within less, and each sleep woul
 
 
 def group_options(config: VllmConfig, rank_module: str) -> dict[str, Any]:
-    """What WorkerGroup gets besides the rank and what it is made of; `rank_module` defines it."""
+    """What WorkerGroup gets besides the rank and what it is made of; `rank_module` defines it.
+
+    Raises ValueError for what vLLM is asked and this executor cannot do.
+    """
     parallel = config.parallel_config
+    _refuse(parallel)
     given = config.additional_config  # a dict, or a platform's own class
     users = given.get("rankwise", {}) if isinstance(given, dict) else {}
     made: dict[str, Any] = {"name": _name(parallel), "start_method": "forkserver", "spin": POLL}
@@ -34,6 +38,16 @@ def group_options(config: VllmConfig, rank_module: str) -> dict[str, Any]:
     if env is not None and not {"threads", "cpus"} & users.keys():  # else he counts, not we
         made["env"] = _merged(env, users.get("env", {}))
     return made
+
+
+def _refuse(parallel: Any) -> None:
+    if parallel.enable_elastic_ep:
+        raise ValueError("enable_elastic_ep needs distributed_executor_backend='mp' or 'ray'")
+    if parallel.numa_bind:  # vLLM wraps each worker's interpreter in numactl, and ours are not
+        raise ValueError(
+            "numa_bind needs distributed_executor_backend='mp'. Or leave it out, and name each "
+            'rank\'s CPUs: additional_config={"rankwise": {"cpus": [[0, 1], [2, 3]]}}'
+        )
 
 
 def _name(parallel: Any) -> str:

@@ -26,6 +26,12 @@ from rankwise import Late, worker_info
 logger = init_logger("vllm.rankwise")
 
 
+def output_rank(parallel: Any) -> int:
+    """The first tensor-parallel rank of the last pipeline stage: it has what is sampled."""
+    stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
+    return int(parallel.world_size - stage)
+
+
 class Rank(WorkerWrapperBase):  # type: ignore[misc]  # vLLM is not there when types are checked
     """One of vLLM's workers, by vLLM's own wrapper: what it has not, the worker has."""
 

@@ -10,6 +10,7 @@ of rankwise imports this file.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import weakref
@@ -34,7 +35,7 @@ from vllm.utils.torch_utils import set_torch_threads_for_runtime
 from vllm.v1.executor.abstract import Executor
 
 from rankwise._vllm_options import group_options
-from rankwise._vllm_rank import Rank
+from rankwise._vllm_rank import Rank, output_rank
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,21 +58,13 @@ class RankwiseExecutor(Executor):  # type: ignore[misc]  # vLLM is not there whe
     def _init_executor(self) -> None:
         config: VllmConfig = self.vllm_config
         parallel = config.parallel_config
-        if parallel.enable_elastic_ep:
-            raise ValueError("enable_elastic_ep needs distributed_executor_backend='mp' or 'ray'")
-        if parallel.numa_bind:  # vLLM wraps each worker's interpreter in numactl, and ours are not
-            raise ValueError(
-                "numa_bind needs distributed_executor_backend='mp'. Or leave it out, and name each "
-                'rank\'s CPUs: additional_config={"rankwise": {"cpus": [[0, 1], [2, 3]]}}'
-            )
+        options = group_options(config, Rank.__module__)
         # vLLM compares this name: the scheduler waits for the reports of all of a connector's
         # ranks where it is "mp", and of one where it is not; offloaded caches are shared, or not.
         # Our outputs are joined and our ranks placed as under "mp", and both the scheduler and the
         # ranks are made after this.
         parallel.distributed_executor_backend = "mp"
-        # The first tensor-parallel rank of the last pipeline stage has what is sampled.
-        stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
-        self.output_rank = parallel.world_size - stage
+        self.output_rank = output_rank(parallel)
         self._callback: Callable[[], None] | None = None
         me = weakref.ref(self)  # a group that kept its executor would keep both from collection
 
@@ -81,7 +74,6 @@ class RankwiseExecutor(Executor):  # type: ignore[misc]  # vLLM is not there whe
                 executor._tell()
 
         _show_our_log()
-        options = group_options(config, Rank.__module__)
         self._group = WorkerGroup(
             Rank.make, parallel.world_size, args=(config,), on_failure=failed, **options
         )
@@ -102,6 +94,11 @@ class RankwiseExecutor(Executor):  # type: ignore[misc]  # vLLM is not there whe
     def check_health(self) -> None:
         if (failure := self._group.failure) is not None:
             raise failure
+
+    @property
+    def is_failed(self) -> bool:
+        """What vLLM's fault tolerance asks, to know that this engine will not recover."""
+        return self._group.failure is not None
 
     def shutdown(self) -> None:
         if (group := getattr(self, "_group", None)) is not None:
@@ -126,26 +123,47 @@ class RankwiseExecutor(Executor):  # type: ignore[misc]  # vLLM is not there whe
     ) -> Any:
         """What every rank returns, as a list; of `unique_reply_rank` alone, or with an aggregator
         what that makes of them, the bare value. `non_block`: a future of it."""
-        call = self._group.collective_rpc
-        aggregators = [one for one in (kv_output_aggregator, ec_output_aggregator) if one]
-        if not aggregators:
-            return call(method, timeout, args, kwargs, non_block, unique_reply_rank)
-
-        def aggregate(outputs: list[Any]) -> Any:
-            rank = unique_reply_rank or 0
-            value = outputs[rank]
-            for one in aggregators:  # each adds its own to what the rank has
-                value = one.aggregate(outputs, output_rank=rank)
-            return value
-
-        answers = call(method, timeout, args, kwargs, non_block)
-        return _then(answers, aggregate) if non_block else aggregate(answers)
+        # "continue": one rank's failure is its caller's, however long the others take. After a
+        # step's the others wait for it in a collective, and the group has to go.
+        view = self._group.options(on_error="continue")
+        joint = (kv_output_aggregator, ec_output_aggregator)
+        return self._call(view, method, timeout, args, kwargs, non_block, unique_reply_rank, joint)
 
     def _step(self, method: str, *args: Any, non_block: bool = False, joined: bool = False) -> Any:
         """A call whose value is that of the output rank, `joined` with what connectors have."""
         timeout = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
         joint = (self.kv_output_aggregator, self.ec_output_aggregator) if joined else ()
-        return self.collective_rpc(method, timeout, args, None, non_block, self.output_rank, *joint)
+        view, rank = self._group, self.output_rank
+        return self._call(view, method, timeout, args, None, non_block, rank, joint)
+
+    def _call(
+        self,
+        view: Any,
+        method: str | Callable[..., Any],
+        timeout: float | None,
+        args: Sequence[Any],
+        kwargs: dict[str, Any] | None,
+        non_block: bool,
+        reply_rank: int | None,
+        joint: Sequence[Any],
+    ) -> Any:
+        if not isinstance(method, str):
+            # Always by value. A function of a class would be sent as its name otherwise, and be
+            # looked up on vLLM's worker, which is of another class.
+            method = functools.partial(method)
+        aggregators = [one for one in joint if one]
+        if not aggregators:
+            return view.collective_rpc(method, timeout, args, kwargs, non_block, reply_rank)
+
+        def aggregate(outputs: list[Any]) -> Any:
+            rank = reply_rank or 0
+            value = outputs[rank]
+            for one in aggregators:  # each adds its own to what the rank has
+                value = one.aggregate(outputs, output_rank=rank)
+            return value
+
+        answers = view.collective_rpc(method, timeout, args, kwargs, non_block)
+        return _then(answers, aggregate) if non_block else aggregate(answers)
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         return self._step("execute_model", scheduler_output, non_block=non_block, joined=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 from rankwise import Late, worker_info
 
@@ -27,6 +28,10 @@ class Model:
         return os.environ.get(name)
 
     def execute_model(self, step):
+        if step == "hangs but on rank 1":
+            if self.rank != 1:
+                self.pause()
+            raise KeyError("nothing of that name")
         self.steps.append(step)
         return Late(lambda: f"{step} by {self.rank}")
 
@@ -42,5 +47,21 @@ class Model:
     def get_steps(self):
         return self.steps
 
+    def fails_on_rank_1(self):
+        if self.rank == 1:
+            raise KeyError("nothing of that name")
+        time.sleep(0.5)  # its work
+
     def pause(self):
         os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Tools:
+    """A user's functions: their names mean nothing to a worker."""
+
+    @staticmethod
+    def doubled(rank):
+        return 2 * rank.rank
+
+    def get_steps(rank):
+        return "not the worker's own"

@@ -11,10 +11,11 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from ranks import Model
+from ranks import Model, Tools
 
 import rankwise.vllm
 from rankwise import GroupBroken, _vllm_options
+from rankwise._options import DEFAULTS
 from rankwise._vllm_options import group_options
 from rankwise.vllm import RankwiseExecutor
 
@@ -178,6 +179,40 @@ def test_a_function_has_the_rank_first(executor):
     )
 
 
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        (Tools.doubled, [0, 2, 4, 6]),
+        (Tools.get_steps, ["not the worker's own"] * 4),
+        (lambda rank: 2 * rank.rank, [0, 2, 4, 6]),
+        (Model.take_draft_token_ids, [0, 1, 2, 3]),
+    ],
+    ids=["static", "of-a-class", "lambda", "of-the-workers-class"],
+)
+def test_a_function_travels_by_value(executor, function, value):
+    assert executor.collective_rpc(function) == value
+
+
+def test_a_users_call_that_fails_on_one_rank_ends_no_engine(executor, monkeypatch):
+    """However long the others take: they are given 30 seconds after a step's failure."""
+    monkeypatch.setattr(DEFAULTS, "grace", 0.05)
+    with pytest.raises(KeyError, match="nothing of that name"):
+        executor.collective_rpc("fails_on_rank_1")  # the others take half a second
+    assert executor.collective_rpc("get_steps") == [[]] * 4
+    assert not executor.is_failed
+
+
+def test_a_step_that_fails_on_one_rank_ends_the_engine(executor, monkeypatch):
+    """The others may wait for it in a collective for ever."""
+    monkeypatch.setattr(DEFAULTS, "grace", 0.05)
+    told = threading.Event()
+    executor.register_failure_callback(told.set)
+    with pytest.raises(KeyError, match="nothing of that name"):
+        executor.execute_model("hangs but on rank 1")
+    assert told.wait(20)
+    assert executor.is_failed
+
+
 class Joins:
     def __init__(self, mark):
         self.mark = mark
@@ -211,12 +246,14 @@ def test_health_is_told_without_asking_a_rank(executor):
     began = time.monotonic()
     executor.check_health()
     assert time.monotonic() - began < 0.05, "a rank that is stopped does not answer"
-    told = []
-    executor.register_failure_callback(lambda: told.append(True))
+    assert not executor.is_failed
+    told = threading.Event()
+    executor.register_failure_callback(told.set)
     os.kill(executor._group.pids[1], signal.SIGKILL)
+    assert told.wait(20)
+    assert executor.is_failed
     with pytest.raises(GroupBroken, match=r"rank 1 \(pid \d+\) was killed by SIGKILL"):
-        while True:
-            executor.check_health()
+        executor.check_health()
     late = []
     executor.register_failure_callback(lambda: late.append(True))
     assert late == [True], "also who comes when it has failed already"
