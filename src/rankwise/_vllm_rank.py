@@ -1,7 +1,8 @@
 """The rank of `rankwise.vllm`: one of vLLM's workers, made ready to run the model.
 
 make > vLLM's own worker: device > torch's groups, by this group's rendezvous > weights
-execute_model, sample_tokens > its output, or a Late of what is still on the device
+execute_model, sample_tokens > its output, or a Late of what is still on the device; only the output
+  rank's is fetched, unless a connector's is joined with it
 all else > vLLM's worker
 """
 
@@ -17,6 +18,7 @@ from vllm.logger import configure_logging, init_logger
 from vllm.platforms import current_platform
 from vllm.tracing import maybe_init_worker_tracer
 from vllm.utils.system_utils import decorate_logs
+from vllm.v1.executor.multiproc_executor import WorkerProc
 from vllm.v1.executor.vllm_net_devices import set_worker_net_device
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -35,6 +37,9 @@ def output_rank(parallel: Any) -> int:
 class Rank(WorkerWrapperBase):  # type: ignore[misc]  # vLLM is not there when types are checked
     """One of vLLM's workers, by vLLM's own wrapper: what it has not, the worker has."""
 
+    _answers = True  # a step's value is this rank's, or is joined with that of others
+    _has_device = False  # the thread that fetches late output has set it
+
     @classmethod
     def make(cls, config: VllmConfig) -> Rank:
         began = time.monotonic()
@@ -50,6 +55,8 @@ class Rank(WorkerWrapperBase):  # type: ignore[misc]  # vLLM is not there when t
         decorate_logs(f"Worker_{info.rank}")
         maybe_init_worker_tracer("vllm.worker", "worker", f"Worker_{info.rank}")
         rank = cls(rpc_rank=info.local_rank, global_rank=info.rank)
+        connectors = (config.kv_transfer_config, config.ec_transfer_config)
+        rank._answers = info.rank == output_rank(parallel) or connectors != (None, None)
         arguments = {
             "vllm_config": config,
             "local_rank": info.local_rank,
@@ -59,6 +66,8 @@ class Rank(WorkerWrapperBase):  # type: ignore[misc]  # vLLM is not there when t
         }
         rank.init_worker([arguments] * info.world_size)
         rank.init_device()
+        # By its place in vLLM's groups, which are there now: Worker_PP1_TP0, also as its title.
+        WorkerProc.setup_proc_title_and_log_prefix(enable_ep=parallel.enable_expert_parallel)
         logger.info("device and process groups are ready after %.1f s", time.monotonic() - began)
         rank.load_model()
         logger.info("the model is loaded after %.1f s", time.monotonic() - began)
@@ -76,12 +85,16 @@ class Rank(WorkerWrapperBase):  # type: ignore[misc]  # vLLM is not there when t
         """`output`, or under async scheduling the promise of it: the next step is begun before."""
         if not isinstance(output, AsyncModelRunnerOutput):
             return output
+        if not self._answers:
+            return None  # nobody asks for it, and vLLM's own does not fetch it either
         promised: Any = output
 
         def get() -> Any:
-            # The device is a thread's own. CUDA would otherwise open a context on device 0.
-            if (device := getattr(self.worker, "device", None)) is not None:
-                current_platform.set_device(device)
+            if not self._has_device:  # one thread runs all of these
+                # The device is a thread's own. CUDA would otherwise open a context on device 0.
+                if (device := getattr(self.worker, "device", None)) is not None:
+                    current_platform.set_device(device)
+                self._has_device = True
             return promised.get_output()
 
         return Late(get)

@@ -17,15 +17,15 @@ import weakref
 from concurrent.futures import Future
 from typing import Any
 
-from vllm.version import __version__
+from vllm.version import __version__, __version_tuple__
 
 from rankwise import GroupBroken, WorkerGroup
 
-TESTED = ("0.32",)  # the releases of vLLM whose executors and workers have this interface
-if __version__.rpartition(".")[0] not in TESTED and "RANKWISE_VLLM_UNTESTED" not in os.environ:
+TESTED = (0, 32)  # the releases of vLLM whose executors and workers have this interface
+if __version_tuple__[:2] != TESTED and "RANKWISE_VLLM_UNTESTED" not in os.environ:
     raise ImportError(
-        f"rankwise.vllm is made for vLLM {', '.join(TESTED)}, and this is {__version__}: install "
-        "that, or a newer rankwise. To try it all the same set RANKWISE_VLLM_UNTESTED=1"
+        f"rankwise.vllm is made for vLLM 0.32, and this is {__version__}: install that, or a newer "
+        "rankwise. To try it all the same set RANKWISE_VLLM_UNTESTED=1"
     )
 
 from vllm import envs
@@ -123,8 +123,8 @@ class RankwiseExecutor(Executor):  # type: ignore[misc]  # vLLM is not there whe
     ) -> Any:
         """What every rank returns, as a list; of `unique_reply_rank` alone, or with an aggregator
         what that makes of them, the bare value. `non_block`: a future of it."""
-        # "continue": one rank's failure is its caller's, however long the others take. After a
-        # step's the others wait for it in a collective, and the group has to go.
+        # "continue": a failure is the caller's, however long other ranks take. After that of a step
+        # they wait in a collective for ever, and the group has to go.
         view = self._group.options(on_error="continue")
         joint = (kv_output_aggregator, ec_output_aggregator)
         return self._call(view, method, timeout, args, kwargs, non_block, unique_reply_rank, joint)
@@ -133,8 +133,8 @@ class RankwiseExecutor(Executor):  # type: ignore[misc]  # vLLM is not there whe
         """A call whose value is that of the output rank, `joined` with what connectors have."""
         timeout = envs.VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS
         joint = (self.kv_output_aggregator, self.ec_output_aggregator) if joined else ()
-        view, rank = self._group, self.output_rank
-        return self._call(view, method, timeout, args, None, non_block, rank, joint)
+        rank = self.output_rank
+        return self._call(self._group, method, timeout, args, None, non_block, rank, joint)
 
     def _call(
         self,
@@ -148,8 +148,7 @@ class RankwiseExecutor(Executor):  # type: ignore[misc]  # vLLM is not there whe
         joint: Sequence[Any],
     ) -> Any:
         if not isinstance(method, str):
-            # Always by value. A function of a class would be sent as its name otherwise, and be
-            # looked up on vLLM's worker, which is of another class.
+            # By value: a function of a class would be sent as its name, which the worker has not.
             method = functools.partial(method)
         aggregators = [one for one in joint if one]
         if not aggregators:

@@ -44,6 +44,7 @@ class Drive:
         self.process = subprocess.Popen(
             command,
             env=os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"} | env,
+            stdin=subprocess.PIPE,  # a driver that waits reads a line
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -71,6 +72,12 @@ class Drive:
             if item[1]["name"] == name:
                 return item[0], item[1]["value"]
 
+    def go_on(self) -> None:
+        """Let a driver that waits do what comes next."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
     def log(self) -> str:
         return "".join(self.lines)
 
@@ -79,11 +86,10 @@ class Drive:
         me = psutil.Process(self.process.pid)
         return [me, *me.children(recursive=True)]
 
-    def named(self, name: str) -> psutil.Process:
-        """The one whose command or name has `name` in it."""
-        below = self.processes()[1:]
-        (found,) = [one for one in below if name in one.name() or name in _title(one)]
-        return found
+    def named(self, *names: str) -> list[psutil.Process]:
+        """Those that vLLM calls so."""
+        titles = {_title(one): one for one in self.processes()}
+        return [titles[f"VLLM::{name}"] for name in names]
 
     def wait(self, timeout: float = 60) -> int:
         code = self.process.wait(timeout)
@@ -96,7 +102,8 @@ class Drive:
                 one.kill()
         self.process.wait()
         self._reader.join()
-        assert self.process.stdout is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
         self.process.stdout.close()
 
 

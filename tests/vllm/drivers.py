@@ -107,6 +107,8 @@ def dies_in_step(checkpoint: str, step: str) -> None:
     llm = make(checkpoint, tensor_parallel_size=2)
     generate(llm, PROMPTS[:1], 8)
     llm.collective_rpc(arm, args=(int(step),))
+    tell("armed")
+    sys.stdin.readline()
     try:
         generate(llm, PROMPTS, 400)
     except Exception as error:
@@ -160,6 +162,30 @@ def streams(checkpoint: str) -> None:
         tell("deltas", deltas)
         await engine.check_health()
         tell("healthy")
+        engine.shutdown()
+
+    asyncio.run(main())
+    tell("over")
+
+
+def idles(checkpoint: str) -> None:
+    """Asks vLLM for nothing, but whether it is well, until it is not."""
+    import asyncio
+
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    async def main() -> None:
+        arguments = AsyncEngineArgs(**engine_options(checkpoint, tensor_parallel_size=2))
+        engine = AsyncLLM.from_engine_args(arguments)
+        tell("idle")
+        while True:
+            try:
+                await engine.check_health()
+            except Exception as error:
+                tell("heard", [time.time(), type(error).__name__])
+                break
+            await asyncio.sleep(0.01)
         engine.shutdown()
 
     asyncio.run(main())

@@ -12,11 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 from ranks import Model, Tools
+from vllm.platforms import current_platform
+from vllm.v1.outputs import AsyncModelRunnerOutput
 
 import rankwise.vllm
 from rankwise import GroupBroken, _vllm_options
 from rankwise._options import DEFAULTS
 from rankwise._vllm_options import group_options
+from rankwise._vllm_rank import Rank
 from rankwise.vllm import RankwiseExecutor
 
 pytestmark = pytest.mark.limit(300)
@@ -88,6 +91,18 @@ def test_what_the_user_says_wins():
     assert options["name"] == "mine"
     ours = SimpleNamespace(**vars(config()) | {"additional_config": object()})
     assert group_options(ours, "ranks")["name"] == "vllm", "a platform's own class"
+
+
+@pytest.mark.parametrize(
+    ("replicas", "index", "name"),
+    [(1, 0, "vllm"), (2, 0, "vllm-dp0"), (2, 1, "vllm-dp1"), (1, 1, "vllm-dp1")],
+)
+def test_the_groups_of_several_replicas_have_names_of_their_own(replicas, index, name):
+    """Also where vLLM tells a replica that it is the only one, its model having no experts."""
+    made = config()
+    made.parallel_config.data_parallel_size = replicas
+    made.parallel_config.data_parallel_index = index
+    assert group_options(made, "ranks")["name"] == name
 
 
 def test_the_users_variables_are_added_to_ours(monkeypatch):
@@ -264,10 +279,56 @@ def test_a_timeout_is_the_builtin_one(executor):
         executor.collective_rpc("pause", timeout=0.2)
 
 
-def test_an_unknown_release_is_refused_in_words():
-    code = "import vllm.version; vllm.version.__version__ = '0.99.1'\nimport rankwise.vllm"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ImportError: rankwise.vllm is made for vLLM 0.32, and this is 0.99.1:")
-    assert "RANKWISE_VLLM_UNTESTED=1" in last
+# -- the rank ------------------------------------------------------------------------------------
+
+
+class Promise(AsyncModelRunnerOutput):
+    def get_output(self):
+        return "fetched"
+
+
+def test_the_device_is_set_once_and_not_for_each_output(monkeypatch):
+    rank = object.__new__(Rank)
+    rank.worker = SimpleNamespace(device="the device")
+    devices = []
+    monkeypatch.setattr(type(current_platform), "set_device", devices.append)
+    promises = [rank._late(Promise()) for _ in range(3)]
+    assert devices == [], "on the thread that fetches"
+    assert [promise.get() for promise in promises] == ["fetched"] * 3
+    assert devices == ["the device"]
+
+
+def test_a_rank_whose_output_nobody_asks_for_does_not_fetch_it():
+    rank = object.__new__(Rank)
+    rank._answers = False
+    assert rank._late(Promise()) is None
+    assert rank._late("of the host") == "of the host"
+
+
+# -- releases ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def releases():
+    """What importing rankwise.vllm says under each: that a module is missing, if it goes on."""
+    code = (
+        "import sys, vllm.version\n"
+        "sys.modules['vllm.config'] = None\n"
+        "for name, parts in ("
+        "('0.32.1', (0, 32, 1)), ('0.32.0.post1', (0, 32, 0, 'post1')), ('0.33.0', (0, 33, 0))):\n"
+        "    vllm.version.__version__, vllm.version.__version_tuple__ = name, parts\n"
+        "    try: import rankwise.vllm\n"
+        "    except ImportError as error: print(f'{name}: {error}')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return dict(line.split(": ", 1) for line in run.stdout.splitlines())
+
+
+@pytest.mark.parametrize("release", ["0.32.1", "0.32.0.post1"])
+def test_a_release_of_the_tested_line_is_taken(releases, release):
+    assert releases[release] == "import of vllm.config halted; None in sys.modules"
+
+
+def test_an_unknown_release_is_refused_in_words(releases):
+    assert releases["0.33.0"].startswith("rankwise.vllm is made for vLLM 0.32, and this is 0.33.0:")
+    assert "RANKWISE_VLLM_UNTESTED=1" in releases["0.33.0"]

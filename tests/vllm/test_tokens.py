@@ -37,12 +37,16 @@ def test_the_tokens_are_the_same(drive, expected, executor, tp, pp, bind):
     vllm = drive("tokens", executor, tp, pp, VLLM_CPU_OMP_THREADS_BIND=bind)
     assert vllm.event("tokens")[1] == expected
     assert vllm.wait() == 0
+    if pp > 1:
+        assert "Worker_PP1" in vllm.log(), "named as vLLM names it"
 
 
 def test_output_that_is_late_gives_the_same_tokens(drive, expected):
     vllm = drive("tokens", "rankwise", 2, 1, "late_worker.LateWorker", PYTHONPATH="tests/vllm")
     assert vllm.event("tokens")[1] == expected
     assert vllm.wait() == 0
+    assert "FETCHED by 0" in vllm.log()
+    assert "FETCHED by 1" not in vllm.log(), "nobody asks for it"
 
 
 def test_two_ranks_by_default(drive, expected):
