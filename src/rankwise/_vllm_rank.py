@@ -8,6 +8,8 @@ all else > vLLM's worker
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from typing import Any
 
@@ -25,6 +27,13 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from rankwise import Late, worker_info
 
+try:
+    from setproctitle import getproctitle
+except ImportError:  # vLLM does without it too
+    pass
+else:
+    getproctitle()  # it looks for the command's place in memory: a forked rank's is not found
+
 logger = init_logger("vllm.rankwise")
 
 
@@ -32,6 +41,21 @@ def output_rank(parallel: Any) -> int:
     """The first tensor-parallel rank of the last pipeline stage: it has what is sampled."""
     stage = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
     return int(parallel.world_size - stage)
+
+
+def _unlink_names(port: int, rank: int) -> None:
+    """Take the names from what vLLM's communicators on CPUs share in /dev/shm.
+
+    C++ does it at an exit that no forked rank comes to, nor one that is killed. As a group's
+    communicator is made, vLLM waits until all its ranks have mapped what it shares.
+    """
+    for name in os.listdir("/dev/shm"):
+        shared = re.fullmatch(rf"{port}-.*\[([\d-]+)\]-cpushm_\d+", name)
+        if shared and str(rank) in shared[1].split("-"):
+            try:
+                os.unlink(f"/dev/shm/{name}")
+            except FileNotFoundError:
+                pass  # another rank of the group was faster
 
 
 class Rank(WorkerWrapperBase):  # type: ignore[misc]  # vLLM is not there when types are checked
@@ -66,6 +90,7 @@ class Rank(WorkerWrapperBase):  # type: ignore[misc]  # vLLM is not there when t
         }
         rank.init_worker([arguments] * info.world_size)
         rank.init_device()
+        _unlink_names(info.master_port, info.rank)
         # By its place in vLLM's groups, which are there now: Worker_PP1_TP0, also as its title.
         WorkerProc.setup_proc_title_and_log_prefix(enable_ep=parallel.enable_expert_parallel)
         logger.info("device and process groups are ready after %.1f s", time.monotonic() - began)

@@ -113,6 +113,7 @@ OTHERS = {
     "pytest": ["testing.plugin"],
     "ray": ["backends.ray"],
     # The drop-in sets torch's threads, as the original does, if torch is there.
+    "setproctitle": ["_vllm_rank"],
     "vllm": ["vllm", "_vllm_options", "_vllm_rank"],
     "torch": ["torch", "compat._vllm_environment", "wire.gpu", "wire.tensors"],
 }

@@ -79,7 +79,7 @@ def tour(checkpoint: str) -> None:
     tell("affinity", llm.collective_rpc(affinity))
     offset = 40
     tell("function", llm.collective_rpc(lambda worker, n: worker.rank + n + offset, args=(2,)))
-    tell("method", [sorted(each) for each in llm.collective_rpc("get_kv_cache_spec")])
+    tell("method", [sorted(each) for each in llm.collective_rpc("get_supported_tasks")])
     try:
         llm.collective_rpc(fails_on_rank_1)
     except Exception as error:

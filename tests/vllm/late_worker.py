@@ -1,10 +1,11 @@
-"""vLLM's CPU worker, whose output is late, as a GPU's is under async scheduling."""
+"""vLLM's CPU worker: with output that is late, as a GPU's is under async scheduling; warmed up."""
 
 from __future__ import annotations
 
 import threading
 from typing import Any
 
+import torch
 from vllm.v1.outputs import AsyncModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -28,3 +29,13 @@ class LateWorker(CPUWorker):
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
         return output if output is None else LateOutput(output, self.rank)
+
+
+class WarmWorker(CPUWorker):
+    """vLLM 0.32 warms nothing up where it compiles nothing, and then has no buffers for what a
+    pipeline's later stage receives: eager ones fail in their first step, under any executor."""
+
+    @torch.inference_mode()
+    def determine_available_memory(self) -> int:
+        self.model_runner.profile_run()
+        return super().determine_available_memory()
