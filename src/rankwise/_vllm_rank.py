@@ -8,6 +8,7 @@ all else > vLLM's worker
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import time
@@ -131,3 +132,6 @@ class Rank(WorkerWrapperBase):  # type: ignore[misc]  # vLLM is not there when t
         self.shutdown()
         destroy_model_parallel()
         destroy_distributed_environment()
+        # vLLM has collected what it could. To go through the rest, a million objects, for what has
+        # to be finalized takes a second, and its engine is given five in all to end.
+        gc.freeze()
