@@ -239,7 +239,9 @@ def test_a_failure_reaches_the_caller_while_peers_are_stuck(
         while (failure := group.failure) is None:
             assert time.monotonic() < until
         assert isinstance(failure.first, Oops)
-        assert late(failure) or "in wait_for_a_file\n" in failure.stacks[1 - RANK]
+        # None at all: on a slow machine the time to find out was over first.
+        stacks = failure.stacks
+        assert not stacks or late(failure) or "in wait_for_a_file\n" in stacks[1 - RANK]
         assert f"\n  rank {1 - RANK}: pid {group.pids[1 - RANK]}, running wait_for_" in str(failure)
 
 

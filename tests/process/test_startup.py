@@ -141,8 +141,8 @@ def test_control_c_at_any_moment_of_a_start_is_clean(moment):
         with Watch(pids) as watch:
             script.kill(signal.SIGINT)
             pressed = time.monotonic()
-            said = script.line(10)
-            assert time.monotonic() - pressed < 5
+            said = script.line(30)
+            assert time.monotonic() - pressed < 15  # and not the 600 s of the construction
             assert said["interrupted"] is True
             assert said["threads"] == ["MainThread"]
             assert said["children"] == []
