@@ -111,8 +111,9 @@ BOUNDS = """
 
 Measured by `make bench-bounds` ({machine}).
 Groups of 8 ranks; of 4 where one fails, of 2 for `stacks()`. A bound is for the worst, unless it
-says median. Other programs shared the two cores while these were taken: medians and most of
-all the worst are an upper limit of what a quiet machine gives.
+says median. Nothing else ran while these were taken, on a virtual machine whose neighbours are not
+quiet. The kernel frees a process's memory before it says that the process has ended: what it needs
+for that stands beside the deaths, and is no part of what rankwise adds.
 
 | | bound | median | worst | of |
 |---|---|---|---|---|
