@@ -72,10 +72,10 @@ class Callbacks:
     def _log_failure(self) -> None:
         try:
             logger.exception("a callback of %s failed", self._name)
-        except BaseException:
+        except BaseException as error:
             # A log handler of the user's: it must not end the callbacks of all others.
             with suppress(BaseException):
-                sys.excepthook(*sys.exc_info())
+                sys.excepthook(type(error), error, error.__traceback__)
 
     def close(self, timeout: float) -> None:
         """Run what was put, and end the thread; `timeout` bounds the wait for a user's callback."""
