@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rankwise.wire.arena import Arena
 
     class Replies(Protocol):
-        """What it needs of a channel."""
+        """What answers need of a channel."""
 
         @property
         def arena(self) -> Arena | None: ...

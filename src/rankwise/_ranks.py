@@ -58,6 +58,11 @@ class Ranks:
             for rank in ledger.to_be_told(call):
                 self._status.cancel(rank, call.id)
 
+    def cancel_all(self, ledger: Ledger) -> None:
+        """As `cancel`, of every open call."""
+        for call in list(ledger.open.values()):
+            self.cancel(call, ledger)
+
     def state(self, rank: int, call_id: int | None = None) -> tuple[str, float]:
         """(what `rank` is doing, for how many seconds it has been in its call).
 

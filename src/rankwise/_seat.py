@@ -228,9 +228,7 @@ class Seat:
         )
         try:
             on_restart(ranks)
-        except (
-            BaseException
-        ) as error:  # SystemExit, CancelledError: the ranks have to end all the same
+        except BaseException as error:  # SystemExit too: the new ranks have to end all the same
             raise StartupError(
                 f"{engine.name}: on_restart raised {type(error).__name__}: {error}", phase="ready"
             ) from error

@@ -45,18 +45,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Protocol
 
+    from rankwise._late import Replies
     from rankwise.wire.arena import Arena
 
     Body = bytes | bytearray | memoryview
 
-    class Channel(Protocol):
+    class Channel(Replies, Protocol):
         """What `serve` needs of a channel."""
 
-        @property
-        def arena(self) -> Arena | None: ...
         def receive(self) -> tuple[int, int, int, Body] | None: ...
-        def reply(self, kind: int, call_id: int, body: bytes) -> None: ...
-        def hang_up(self) -> None: ...
 
 
 def serve(

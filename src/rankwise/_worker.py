@@ -80,11 +80,10 @@ def serve_process(
         seen, before = arm(faults, rank, channel)
     try:
         serve(seen, page.words(rank), prepare, before)
-    except BadFrame as error:
-        channel.hang_up()
-        sys.exit(f"rankwise: rank {rank} cannot go on: the driver has sent {error}")
-    except BaseException:
+    except BaseException as error:
         channel.hang_up()  # a thread of the user's may keep the process alive
+        if isinstance(error, BadFrame):
+            sys.exit(f"rankwise: rank {rank} cannot go on: the driver has sent {error}")
         raise
     left = _context.current_place()
     if left is not None:

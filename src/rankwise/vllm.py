@@ -21,11 +21,11 @@ from vllm.version import __version__, __version_tuple__
 
 from rankwise import GroupBroken, WorkerGroup
 
-TESTED = (0, 32)  # the releases of vLLM whose executors and workers have this interface
+TESTED = (0, 32)  # the release of vLLM whose executors and workers have this interface
 if __version_tuple__[:2] != TESTED and "RANKWISE_VLLM_UNTESTED" not in os.environ:
     raise ImportError(
-        f"rankwise.vllm is made for vLLM 0.32, and this is {__version__}: install that, or a newer "
-        "rankwise. To try it all the same set RANKWISE_VLLM_UNTESTED=1"
+        f"rankwise.vllm is made for vLLM {'.'.join(map(str, TESTED))}, and this is {__version__}: "
+        "install that, or a newer rankwise. To try it all the same set RANKWISE_VLLM_UNTESTED=1"
     )
 
 from vllm import envs

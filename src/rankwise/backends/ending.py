@@ -152,8 +152,7 @@ class Ending:
             pump.ledger.closing = True
             if drop:
                 pump.ledger.drop_queued(Closed())
-                for call in list(pump.ledger.open.values()):
-                    engine.ranks.cancel(call, pump.ledger)
+                engine.ranks.cancel_all(pump.ledger)
         pump.tell()
         drained = Call("close", b"", ())
         engine.barrier(drained)

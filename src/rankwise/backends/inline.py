@@ -344,8 +344,7 @@ class InlineEngine:
     def _drop(self) -> None:
         """With the lock held: drop what is queued, and set the cancel flags of the rest."""
         self._ledger.drop_queued(Closed())
-        for call in list(self._ledger.open.values()):
-            self.ranks.cancel(call, self._ledger)
+        self.ranks.cancel_all(self._ledger)
 
     def kill(self) -> None:
         """Settle every open call and stop listening. A thread in the user's code runs on."""
