@@ -8,7 +8,6 @@ all else > vLLM's worker
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import time
@@ -132,6 +131,3 @@ class Rank(WorkerWrapperBase):  # type: ignore[misc]  # vLLM is not there when t
         self.shutdown()
         destroy_model_parallel()
         destroy_distributed_environment()
-        # vLLM has collected what it could. To go through the rest, a million objects, for what has
-        # to be finalized takes a second, and its engine is given five in all to end.
-        gc.freeze()
