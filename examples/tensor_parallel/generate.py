@@ -109,8 +109,8 @@ class Shard:
         # goes through DTensor.
         with torch.inference_mode():
             row = torch.tensor([ids], device=self.model.device)
-            out = self.model(input_ids=row, past_key_values=self.cache, use_cache=True)
-            self.cache = out.past_key_values
+            out = self.model(input_ids=row, cache=self.cache, use_cache=True)
+            self.cache = out.cache
             self.last = int(out.logits[0, -1].argmax())
         return self.last
 
