@@ -43,11 +43,7 @@ test-vllm:
 # The import rules are tests/unit/test_imports.py; mypy's --strict is in pyproject.toml.
 check:
 	$(INSTALL) $(TEST),check
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/basedpyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest -q $(wildcard tests/unit tests/contract) $(ARGS)
+	@$(BIN)/python scripts/check.py $(ARGS)
 
 bench:
 	$(INSTALL) bench

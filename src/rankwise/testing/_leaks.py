@@ -34,6 +34,8 @@ __all__ = ["MARK", "Family", "Leaked", "Left", "Process", "State", "compare", "e
 # its end. Seconds.
 SETTLING = 2.0
 
+SIGNALS = tuple(sorted(signal.valid_signals()))
+
 # pytest writes the name of the running test here.
 NOT_OURS = frozenset({"PYTEST_CURRENT_TEST"})
 
@@ -60,7 +62,11 @@ def _new_descriptors(before: dict[int, str], now: dict[int, str]) -> list[tuple[
 def _mappings() -> set[str]:
     """Shared memory that is mapped here: memfds, and what has a name in /dev/shm."""
     with open("/proc/self/maps") as maps:
-        lines = [line.split(maxsplit=5) for line in maps]
+        text = maps.read()
+    # Nearly always there are none, and a process that has torch has a thousand other lines.
+    if "/memfd:rankwise" not in text and "/dev/shm/" not in text:
+        return set()
+    lines = [line.split(maxsplit=5) for line in text.splitlines()]
     return {
         f"{parts[0]} {parts[5].strip()}"
         for parts in lines
@@ -105,7 +111,7 @@ def _environment() -> dict[str, str]:
 
 
 def _handlers() -> dict[int, object]:
-    return {number: signal.getsignal(number) for number in signal.valid_signals()}
+    return {number: signal.getsignal(number) for number in SIGNALS}
 
 
 def _masks() -> dict[str, str]:

@@ -52,15 +52,30 @@ class _Stat(NamedTuple):
 
 
 def _stat(pid: int) -> _Stat | None:
-    try:
-        with open(f"/proc/{pid}/stat", "rb", 0) as file:
-            text = file.read().decode(errors="replace")
-    except OSError:
+    text = _read(pid, "stat")
+    if text is None:
         return None
     # The name stands in parentheses and may hold any byte, a parenthesis too.
-    name = text[text.index("(") + 1 : text.rindex(")")]
-    fields = text[text.rindex(")") + 2 :].split()
-    return _Stat(name, fields[0], int(fields[1]), int(fields[3]), int(fields[19]))
+    end = text.rindex(b")")
+    fields = text[end + 2 :].split(None, 20)
+    name = text[text.index(b"(") + 1 : end].decode(errors="replace")
+    state = fields[0].decode()
+    return _Stat(name, state, int(fields[1]), int(fields[3]), int(fields[19]))
+
+
+def _read(pid: int, name: str) -> bytes | None:
+    """The first 4 KB of /proc/PID/`name`; None where the process has gone. By system calls alone:
+    a look at every process is taken twice a test."""
+    try:
+        fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return os.read(fd, 4096)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
 
 
 def mark(environ: MutableMapping[str, str]) -> None:
