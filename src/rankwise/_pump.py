@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from rankwise._port import Port
     from rankwise._spin import Spin
     from rankwise._status import News, StatusPage
+    from rankwise.wire.channel import DriverChannel
 
 NEVER = float("inf")
 TICK = 0.4  # seconds between the keeper's looks at open calls
@@ -289,10 +290,10 @@ class Pump:
 
     def _serve(self, events: list[tuple[int, int]]) -> None:
         sockets = self.sockets
-        ready: list[int] = []
+        ready: list[DriverChannel] = []
         for fd, event in events:
-            rank = sockets.ranks.get(fd)
-            if rank is None:
+            channel = sockets.by_fd.get(fd)
+            if channel is None:
                 try:
                     os.eventfd_read(self._leader_wake)
                 except BlockingIOError:
@@ -301,13 +302,13 @@ class Pump:
             if event & OUT:
                 with self.lock:
                     self.ledger.mend()
-                    self.sockets.flush(rank)
+                    self.sockets.flush(channel.rank)
             if event & ~OUT:
-                ready.append(rank)
+                ready.append(channel)
         self._take(ready)
 
-    def _take(self, ready: list[int]) -> None:
-        """Feed the ledger with what the ranks in `ready` have sent, and tell who waits for it."""
+    def _take(self, ready: list[DriverChannel]) -> None:
+        """Feed the ledger with what the channels `ready` have, and tell who waits for it."""
         sockets = self.sockets
         sockets.pull(ready)
         if sockets.deaths:

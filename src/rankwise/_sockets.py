@@ -1,10 +1,12 @@
 """The reply sockets of a group: frames out of the ledger's queues, and into the ledger.
 
-    Ledger.next_to_send > flush > DriverChannel ==frame==> worker
-    Ledger.reply        < pull  < DriverChannel <==frame== worker
+    Ledger.begin        > send      > Joint         ==frame==> workers       nearly every call
+    Ledger.next_to_send > flush     > DriverChannel ==frame==> worker        all others
+    Ledger.reply        < pull      < Joint         <==frame== workers       one whole, short answer
+                        < _pull_odd < DriverChannel <==frame== worker        all else
 
-`flush` needs the group's lock, `pull` and `bury` the lead (see `_lead.py`); all may be cut short
-by an exception out of a signal handler and are then done again by whoever comes next.
+`send` and `flush` need the group's lock, `pull` and `bury` the lead (see `_lead.py`); all may be
+cut short by an exception out of a signal handler and are then done again by whoever comes next.
 """
 
 from __future__ import annotations
@@ -19,18 +21,21 @@ from rankwise._calls import Garbled
 from rankwise._deadline import clock
 from rankwise._interrupts import is_interrupt
 from rankwise._messages import (
+    ACK,
     ANSWERS,
     DEADLINE,
     FAILED,
     FAILED_LENT,
     HAS_DEADLINE,
+    MAGIC,
     OK,
     OK_LENT,
     WANT_VALUE,
 )
-from rankwise._status import LINE, News
+from rankwise._status import News
 from rankwise.wire.channel import DriverChannel
-from rankwise.wire.frames import HEADER_SIZE, SEQUENCE_MASK, BadFrame
+from rankwise.wire.frames import HEADER_SIZE, SEQUENCE_MASK, BadFrame, unpack_header
+from rankwise.wire.joint import Joint
 from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from rankwise.wire.arena import Arena
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
+PLAIN = frozenset((OK, ACK))  # answers that say all by themselves
 _LENT = {OK_LENT: OK, FAILED_LENT: FAILED}
 
 
@@ -66,14 +72,16 @@ class Sockets:
         news: News | None = None,
     ) -> None:
         self.channels = [
-            DriverChannel(sock, None if status is None else status.words(rank))
+            DriverChannel(sock, None if status is None else status.words(rank), rank)
             for rank, sock in enumerate(sockets)
         ]
+        self._joint = Joint()
+        self._last: tuple[tuple[int, ...], list[DriverChannel]] = ((), [])  # who was sent to
         self._status = status
         self._news = News(len(sockets)) if news is None else news
         self._heard = b""  # the news that there is nothing to be taken for
         self.ready = select.epoll()
-        self.ranks = {channel.fd: rank for rank, channel in enumerate(self.channels)}
+        self.by_fd = {channel.fd: channel for channel in self.channels}
         for channel in self.channels:
             self.ready.register(channel.fd, IN)
         self.blocked = 0  # channels that want to send more than their socket takes
@@ -85,28 +93,31 @@ class Sockets:
 
     def send(self, call: Call) -> None:
         """Send `call`, which the ledger has begun, to all its ranks. With the lock held."""
-        channels = self.channels
         ledger = self._ledger
+        ranks = call.ranks
         body = call.body
-        wanted = call.reply_from
-        lent = type(body) is Lent
-        for rank in call.ranks:
-            if lent:
-                body.hold.pending.discard(rank)  # type: ignore[attr-defined]  # as in `flush`
-            flags = WANT_VALUE if wanted is None or wanted == rank else 0
-            try:
-                if channels[rank].send_call(call, flags, b"", body):
-                    continue
-            except ConnectionError:
-                continue  # the other end is gone: end of file and the launcher will tell
-            ledger.queues[rank].append(call)
-            self.flush(rank)
+        if type(body) is Lent:
+            body.hold.pending.difference_update(ranks)  # as in `flush`
+        last = self._last
+        if last[0] is not ranks:
+            self._last = last = ranks, [self.channels[rank] for rank in ranks]
+        if not self._joint.send(call, last[1], body):
+            for rank in ranks:
+                if not self.channels[rank].has_sent(call):
+                    ledger.queues[rank].append(call)
+                    self.flush(rank)
         ledger.all_sent()
+
+    def settle(self) -> None:
+        """Finish what a struck thread has begun to send to many. With the lock held."""
+        self._joint.settle()
 
     def flush(self, rank: int) -> None:
         """Send to `rank` what its socket takes. With the lock held."""
         channel = self.channels[rank]
         ledger = self._ledger
+        if self._joint.going is not None:
+            self._joint.settle()
         blocked = False
         while True:
             call = ledger.next_to_send(rank)
@@ -142,47 +153,88 @@ class Sockets:
             if queue:
                 self.flush(rank)
 
-    def told(self) -> list[int]:
-        """The ranks that say they have sent more than was taken. Looks at memory alone."""
+    def told(self) -> list[DriverChannel]:
+        """The channels whose ranks say that they have sent more than was taken. Looks at memory."""
         said = self._news.look()
         if said == self._heard:
             return []
         self._heard = said
         words = self._news.words
         return [
-            rank
-            for rank, channel in enumerate(self.channels)
-            if words[rank * LINE] > channel.receive_sequence and not channel.eof
+            channel
+            for channel in self.channels
+            if words[channel.line] > channel.receive_sequence and not channel.eof
         ]
 
-    def pull(self, ranks: list[int]) -> bool:
-        """Feed the ledger with what `ranks` have sent. False: there is nothing more now.
+    def pull(self, channels: list[DriverChannel]) -> bool:
+        """Feed the ledger with what `channels` have received. False: there is nothing more now.
 
         All of them first give what they have, and then it is fed, with the lock taken once.
         """
-        channels = self.channels
         ledger = self._ledger
-        plain = []
+        joint = self._joint
+        came = joint.came
+        odd = joint.deal() if came else []  # of one who was struck
+        rest = joint.receive(channels)
+        more = False
+        for channel in rest:
+            more = channel.receive() or more
+        odd += rest
+        if came:
+            now = clock()
+            plain = True
+            with self._lock:
+                ledger.mend()
+                reply, queues = ledger.reply, ledger.queues
+                place = -1
+                for entry in came:
+                    place += 1
+                    channel, data = entry  # type: ignore[misc]  # none of it has been fed
+                    if len(data) >= HEADER_SIZE and not channel.chunks:
+                        magic, kind, _, sequence, call_id, length = unpack_header(data)
+                        if (
+                            length == len(data) - HEADER_SIZE
+                            and sequence == channel.receive_sequence & SEQUENCE_MASK
+                            and kind in PLAIN
+                            and magic == MAGIC
+                        ):
+                            rank = channel.rank
+                            queue = queues[rank]
+                            if queue:
+                                self.flush(rank)  # as in `_feed`
+                            if reply(rank, call_id, kind, data[HEADER_SIZE:], now):
+                                self._on_news()
+                            channel.receive_sequence += 1
+                            came[place] = None  # in one piece with the line above
+                            more = True
+                            if queue:
+                                self.flush(rank)
+                            continue
+                    plain = False
+            if plain:
+                came.clear()
+            else:
+                more = more or any(entry[1] for entry in came if entry is not None)
+                odd += joint.deal()
+        if odd:
+            more = self._pull_odd(odd) or more
+        return more
+
+    def _pull_odd(self, odd: list[DriverChannel]) -> bool:
+        """Feed the ledger with what lies in the channels `odd`: all that is not one whole answer
+        that says all by itself. Whether there was anything."""
+        ledger = self._ledger
         came = []
         bad: list[tuple[int, str]] = []
         ended: list[int] = []
         more = False
-        for rank in ranks:
-            channel = channels[rank]
+        for channel in odd:
+            rank = channel.rank
             if channel.eof:
                 if rank not in ledger.hung and rank not in ledger.dead:
-                    ended.append(rank)  # who has read the end was struck before it said so
-                continue
-            if channel.receive():
-                more = True
-            elif channel.eof:
-                ended.append(rank)
-            else:
+                    ended.append(rank)  # once more where who has read the end was struck
+            elif not channel.chunks:
                 self._heard = b""  # the rank's word came before its bytes: look again
-            answer = channel.plain_answer()
-            if answer is not None:
-                plain.append((rank, channel, *answer))
-                continue
             try:
                 frames, data, used = channel.frames()
             except BadFrame as error:
@@ -190,23 +242,11 @@ class Sockets:
                 bad.append((rank, str(error)))
             if frames:
                 came.append((rank, channel, frames, data, used))
-        if plain or came:
+                more = True
+        if came:
             now = clock()
-            reply = ledger.reply
-            queues = ledger.queues
             with self._lock:
                 ledger.mend()
-                for rank, channel, data, kind, call_id, sequence in plain:
-                    if queues[rank]:
-                        self.flush(rank)  # as in `_feed`
-                    if sequence != channel.receive_sequence & SEQUENCE_MASK:
-                        continue  # a handler's own wait has fed it meanwhile
-                    if reply(rank, call_id, kind, data[HEADER_SIZE:], now):
-                        self._on_news()
-                    channel.receive_sequence += 1
-                    channel.consume(data, len(data))
-                    if queues[rank]:
-                        self.flush(rank)
                 for rank, channel, frames, data, used in came:
                     self._feed(rank, channel, frames, data, used, now)
         for rank, reason in bad:
@@ -269,9 +309,10 @@ class Sockets:
 
     def pull_stranded(self) -> None:
         """Deal with what a struck leader took off the sockets: no poll will tell of it again."""
-        for rank, channel in enumerate(self.channels):
+        self._joint.deal()
+        for channel in self.channels:
             if channel.holding:
-                self.pull([rank])
+                self.pull([channel])
 
     def _garbled(self, rank: int, reason: str) -> None:
         with self._lock:
@@ -288,7 +329,7 @@ class Sockets:
         # Empty the channel before believing the death: a worker may answer and exit, and we may
         # be told of the exit first. The other order throws a good answer away.
         for rank, report in list(self.deaths.items()):
-            while self.pull([rank]):
+            while self.pull([self.channels[rank]]):
                 pass
             with self._lock:
                 self._forget(self.channels[rank])

@@ -27,6 +27,8 @@ LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 @pytest.fixture(scope="module")
 def shared():
     group = WorkerGroup(Worker, 2)
+    group.submit("echo", 0).add_done_callback(lambda future: future.result())
+    group.flush()  # its callback thread is there from here on, and nothing that a test has left
     yield group
     group.kill()
 

@@ -93,8 +93,8 @@ def test_an_end_of_file_that_was_read_by_who_was_struck_is_told_by_the_next():
     theirs.close()
     sockets.channels[0].receive()  # and then the handler raises
     assert sockets.channels[0].eof and not ledger.hung
-    sockets.pull([0])
+    sockets.pull(sockets.channels)
     assert ledger.hung == {0}
-    sockets.pull([0])
+    sockets.pull(sockets.channels)
     assert ledger.next_timer() is not None
     sockets.close()

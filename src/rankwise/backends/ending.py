@@ -96,6 +96,7 @@ class Ending:
         farewell.id = LAST_ID
         pump = self._engine.pump
         with pump.lock:
+            pump.sockets.settle()
             for channel in pump.sockets.channels:
                 channel.send_farewell(farewell)
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from _socket import MSG_NOSIGNAL
 
-from rankwise._messages import ACK, MAGIC, OK
-from rankwise._status import BELL
+from rankwise._messages import MAGIC
+from rankwise._status import BELL, LINE
 from rankwise.wire.frames import (
     HEADER_SIZE,
     JOIN_SIZE,
@@ -32,37 +32,41 @@ from rankwise.wire.frames import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Iterator
     from typing import Final
 
     from rankwise._calls import Call
 
 NO_SIGNAL: Final = (MSG_NOSIGNAL,)
 SIZES: Final = (RECEIVE_SIZE,)
-PLAIN: Final = frozenset((OK, ACK))  # answers that say all by themselves
 
 
 class DriverChannel:
     """Sending belongs to who holds the group's lock, receiving to the leader."""
 
     __slots__ = (
-        "_chunks", "_first", "_going", "_last_sent", "_received", "_send_sequence", "eof", "fd",
-        "receive_sequence", "recv", "send", "sock", "wants_out", "words",
+        "_first", "_going", "_received", "chunks", "eof", "fd", "last_sent", "line", "rank",
+        "receive_sequence", "recv", "send", "send_sequence", "sock", "wants_out", "words",
     )  # fmt: skip
 
-    def __init__(self, sock: socket.socket, words: memoryview | list[int] | None = None) -> None:
+    def __init__(
+        self, sock: socket.socket, words: memoryview | list[int] | None = None, rank: int = 0
+    ) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self.rank = rank
+        self.line = rank * LINE  # its word of the news
         self.fd = sock.fileno()
         self.recv = sock.recv
         self.send = sock.send
-        self._chunks: list[bytes] = []
+        self.chunks: list[bytes] = []
         self._received = 0
         self.eof = False
         self.receive_sequence = 0
         self._first = 0  # the sequence that is due where the bytes that are held begin
         self.wants_out = False
-        self._send_sequence = 0
-        self._last_sent = -1
+        self.send_sequence = 0
+        self.last_sent = -1
         self._going: tuple[Call | None, bytes, bytes, list[int]] | None = None
         self.words = [0] * (BELL + 1) if words is None else words  # the rank's status page
 
@@ -74,17 +78,17 @@ class DriverChannel:
         Call it again with the same call, once the socket takes bytes, until it says True.
         Raises ConnectionError where the other end is gone.
         """
-        if call.id <= self._last_sent:
+        if call.id <= self.last_sent:
             return True  # interrupted after the last byte, before the caller could note it
         going = self._going
         if going is None and not head and len(body) < JOIN_SIZE:  # as below, for nearly every call
             frame = pack_header(
-                MAGIC, call.kind, flags, self._send_sequence & SEQUENCE_MASK, call.id, len(body)
+                MAGIC, call.kind, flags, self.send_sequence & SEQUENCE_MASK, call.id, len(body)
             )
             self._going = going = (call, frame + body, b"", [])
         elif going is None or going[0] is not call:
             frame = pack_header(
-                MAGIC, call.kind, flags, self._send_sequence & SEQUENCE_MASK, call.id,
+                MAGIC, call.kind, flags, self.send_sequence & SEQUENCE_MASK, call.id,
                 len(head) + len(body),
             )  # fmt: skip
             if len(body) < JOIN_SIZE:
@@ -98,15 +102,15 @@ class DriverChannel:
         try:
             if not sent:
                 sent.extend(map(self.send, (frame,), NO_SIGNAL))
-            self.words[BELL] = self._send_sequence + 1
+            self.words[BELL] = self.send_sequence + 1
             if body or sent[0] != len(frame):
                 self._send_rest(frame, body, sent)
         except BlockingIOError:
             return False
         if self._going is going:  # else a handler's own call has already finished it
             self._going = None
-            self._send_sequence += 1
-            self._last_sent = call.id
+            self.send_sequence += 1
+            self.last_sent = call.id
         return True
 
     def _send_rest(self, frame: bytes, body: bytes, sent: list[int]) -> None:
@@ -121,9 +125,15 @@ class DriverChannel:
                 sent.extend(map(self.send, (view,), NO_SIGNAL))
             done = sum(sent)
 
+    def begun(self, call: Call, frame: bytes, count: int) -> None:
+        """`count` bytes of `frame`, which is all of `call`, have left. `send_call` goes on."""
+        if not self.eof:
+            self._going = (call, frame, b"", [count])
+            self.words[BELL] = self.send_sequence + 1
+
     def has_sent(self, call: Call) -> bool:
         """Whether the last byte of `call` has left."""
-        return call.id <= self._last_sent
+        return call.id <= self.last_sent
 
     def send_farewell(self, call: Call) -> None:
         """Send `call`, which has no body, if the socket takes it now and no frame is on its way."""
@@ -137,10 +147,9 @@ class DriverChannel:
 
     def receive(self) -> bool:
         """Take what the socket has, once. False: nothing there, or end of file (then `eof`)."""
-        chunks = self._chunks
-        self._received += 1  # before the bytes come: whoever joins chunks now must look again
+        chunks = self.chunks
         try:
-            chunks.extend(map(self.recv, SIZES))
+            self.hold(map(self.recv, SIZES))
         except BlockingIOError:
             return False
         except ConnectionError:  # not OSError: an alarm's handler may raise TimeoutError
@@ -151,34 +160,25 @@ class DriverChannel:
             return False
         return True
 
+    def hold(self, bytes_: Iterator[bytes]) -> None:
+        """Keep what comes out of `bytes_`, which is of C alone."""
+        chunks = self.chunks
+        if not chunks:
+            self._first = self.receive_sequence
+        self._received += 1  # before the bytes come: whoever joins chunks now must look again
+        chunks.extend(bytes_)
+
     @property
     def holding(self) -> bool:
         """Whether something was received that is no whole frame yet, or was left by one struck."""
-        return bool(self._chunks)
-
-    def plain_answer(self) -> tuple[bytes, int, int, int] | None:
-        """(data, kind, call id, sequence) where what was received is one whole answer that is due
-        and says all by itself, as nearly always; None: see `frames`. Ends with `consume`, too."""
-        chunks = self._chunks
-        if len(chunks) == 1:
-            data = chunks[0]
-            if len(data) >= HEADER_SIZE:
-                magic, kind, _, sequence, call_id, length = unpack_header(data)
-                if (
-                    length == len(data) - HEADER_SIZE
-                    and sequence == self.receive_sequence & SEQUENCE_MASK
-                    and kind in PLAIN
-                    and magic == MAGIC
-                ):
-                    return data, kind, call_id, sequence
-        return None
+        return bool(self.chunks)
 
     def frames(self) -> tuple[list[tuple[int, int, bytes, int]], bytes, int]:
         """The whole frames among what was received: [(kind, call id, body, sequence)], data, used.
 
         Takes nothing: calling it again gives the same frames until `consume(data, used)`.
         """
-        chunks = self._chunks
+        chunks = self.chunks
         found: list[tuple[int, int, bytes, int]] = []
         received = self._received
         if len(chunks) > 1:
@@ -218,7 +218,7 @@ class DriverChannel:
 
     def consume(self, data: bytes, used: int) -> None:
         """The first `used` bytes of `data`, both as `frames` gave them, have been dealt with."""
-        chunks = self._chunks
+        chunks = self.chunks
         kept = (data[used:],) if used < len(data) else ()
         if chunks and chunks[0] is data:  # else a handler's own call has already taken them
             self._first = self.receive_sequence
@@ -227,7 +227,7 @@ class DriverChannel:
     def seen_before(self, found: list[tuple[int, int, bytes, int]], data: bytes) -> bool:
         """Whether a frame among `found` in `data` that is not due any more was dealt with by
         somebody who was struck before `consume`; else the other end has sent it twice."""
-        chunks = self._chunks
+        chunks = self.chunks
         if not chunks or chunks[0] is not data:
             return True  # a handler's own call has dealt with them, and taken them
         numbers = [(number - self._first) & SEQUENCE_MASK for _, _, _, number in found]
@@ -241,9 +241,11 @@ class DriverChannel:
         return f"frame {sequence} came where {due} was due"
 
     def forget(self) -> None:
-        """The other end has gone: keep no call alive that was half sent."""
+        """Nothing more is to come or to go: keep no call alive that was half sent, and nothing of
+        what cannot be made sense of."""
         self.eof = True
         self._going = None
+        self.chunks.clear()
 
     def close(self) -> None:
         self.words = [0] * (BELL + 1)  # the page is about to be unmapped

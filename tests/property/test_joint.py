@@ -1,0 +1,123 @@
+"""Calls over several channels at once, with pieces cut and strikes between any two system calls."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rankwise._calls import Call
+from rankwise._ledger import Ledger
+from rankwise._messages import OK
+from rankwise._sockets import Sockets
+from rankwise._spin import Spin
+from rankwise.wire import joint
+from rankwise.wire.worker_channel import WorkerChannel
+
+
+class Struck(Exception):
+    """Out of a signal handler."""
+
+
+class Weather:
+    """Instead of `send` and `recv` for many: small pieces, full sockets and strikes, each before
+    the system call has done anything, as a handler runs after the one that moved the bytes."""
+
+    def __init__(self, seed: int, small: int) -> None:
+        self._random = random.Random(seed)
+        self._small = small
+        self.strikes = 0
+
+    def _strike(self) -> None:
+        chance = self._random.random()
+        if chance < 0.2:
+            self.strikes += 1
+            raise Struck
+        if chance < 0.3:
+            raise BlockingIOError
+
+    def send(self, sock: socket.socket, data: bytes, flags: int) -> int:
+        self._strike()
+        return sock.send(data[: self._random.randint(1, self._small)] if self._small else data)
+
+    def recv(self, sock: socket.socket, size: int) -> bytes:
+        self._strike()
+        return sock.recv(self._random.randint(1, self._small) if self._small else size)
+
+
+def answer(sock: socket.socket) -> None:
+    worker = WorkerChannel(sock, Spin(0.0, learns=False))
+    while (received := worker.receive()) is not None:
+        _, _, call_id, body = received
+        worker.reply(OK, call_id, bytes(body)[::-1])
+
+
+def until_done(step: Callable[[], object], mend: Callable[[], object]) -> None:
+    """`step`; where it is struck `mend`, until that was not struck."""
+    try:
+        step()
+    except Struck:
+        while True:
+            try:
+                mend()
+            except Struck:
+                continue
+            return
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.sets(st.integers(0, 2), min_size=1), st.sampled_from((0, 30, 9000))),
+             min_size=1, max_size=12),
+    st.integers(0, 10**6),
+    st.sampled_from((0, 20, 5000)),
+)  # fmt: skip
+def test_each_call_is_answered_once_by_each_of_its_ranks(calls, seed, small):
+    weather = Weather(seed, small)
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(joint, "SEND", weather.send)
+        patched.setattr(joint, "RECEIVE", weather.recv)
+        pairs = [socket.socketpair() for _ in range(3)]
+        threads = [threading.Thread(target=answer, args=(far,)) for _, far in pairs]
+        for (_, far), thread in zip(pairs, threads, strict=True):
+            thread.start()
+            stack.callback(far.close)
+            stack.callback(thread.join, 20)
+        ledger = Ledger(3)
+        lock = threading.RLock()
+        sockets = Sockets([near for near, _ in pairs], ledger, lock, lambda: None)
+        stack.callback(sockets.close)
+
+        def mend() -> None:
+            with lock:
+                sockets.flush_all()
+
+        def submit(call: Call) -> None:
+            with lock:
+                if ledger.begin(call):
+                    sockets.send(call)
+                else:
+                    ledger.place((call,))
+                    mend()
+
+        made = []
+        for number, (ranks, size) in enumerate(calls):
+            body = random.Random(number).randbytes(size)
+            made.append(Call("m", body, tuple(sorted(ranks))))
+            until_done(lambda: submit(made[-1]), mend)
+            until_done(lambda: sockets.pull(sockets.channels), sockets.pull_stranded)
+        while not all(call.ended for call in made):
+            assert all(thread.is_alive() for thread in threads)
+            assert ledger.broken is None
+            until_done(mend, mend)
+            until_done(lambda: sockets.pull(sockets.channels), sockets.pull_stranded)
+        for call in made:
+            assert call.answers == dict.fromkeys(call.ranks, (OK, call.body[::-1]))
+        assert ledger.late == 0
+        assert not any(ledger.inflight)
