@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -67,15 +68,18 @@ def test_a_killed_engine_leaves_nothing(names_left, drive):
     assert gone([engine, *below], 1.0) == [], "a second later"
 
 
-def test_the_server_answers_and_stops(serve):
+# By default vLLM's server kills its engine, and all below it, as soon as it has asked it to end.
+@pytest.mark.parametrize("flags", [(), ("--shutdown-timeout", "30")], ids=["at once", "in order"])
+def test_the_server_answers_and_stops(serve, names_left, flags):
     from openai import OpenAI
 
+    names = set(os.listdir("/dev/shm"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = serve(
         port, "--tensor-parallel-size", "2",
-        "--distributed-executor-backend", "rankwise.vllm.RankwiseExecutor",
+        "--distributed-executor-backend", "rankwise.vllm.RankwiseExecutor", *flags,
     )  # fmt: skip
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     _until_ready(server, client)
@@ -98,7 +102,9 @@ def test_the_server_answers_and_stops(serve):
     began = time.monotonic()
     server.wait(60)
     assert gone(everything, 5) == [], f"{time.monotonic() - began:.1f} s after SIGTERM"
-    assert "force killing" not in server.log()
+    if flags:
+        assert "force killing" not in server.log()
+        assert set(os.listdir("/dev/shm")) - names == set()
 
 
 def _until_ready(server, client):
