@@ -1,7 +1,7 @@
 """The pump: bytes from the sockets into the ledger, and outcomes to whoever waits.
 
-    call()    > Ledger.place > DriverChannel ==frame==> worker loop > your method
-    waiter    < Ledger.settled < feed < leader <==frame== worker loop < value | Failed
+    call()    > Ledger.begin > Sockets.send ==frame==> worker loop > your method
+    waiter    < Ledger.settled < Sockets.pull < leader <==frame== worker loop < value | Failed
 
 There is no reader thread between a socket and its caller. Whoever waits takes the *lead*: it polls
 `_ready` (an epoll of the reply sockets) for the spin budget, sleeps on it after that, and feeds

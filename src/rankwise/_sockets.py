@@ -149,6 +149,7 @@ class Sockets:
     def flush_all(self) -> None:
         """Finish what a struck thread has begun. With the lock held."""
         self._ledger.mend()
+        self._joint.settle()
         for rank, queue in enumerate(self._ledger.queues):
             if queue:
                 self.flush(rank)
@@ -174,12 +175,9 @@ class Sockets:
         ledger = self._ledger
         joint = self._joint
         came = joint.came
-        odd = joint.deal() if came else []  # of one who was struck
-        rest = joint.receive(channels)
+        odd = joint.deal() if came else []
+        odd += joint.receive(channels)
         more = False
-        for channel in rest:
-            more = channel.receive() or more
-        odd += rest
         if came:
             now = clock()
             plain = True
@@ -189,7 +187,9 @@ class Sockets:
                 place = -1
                 for entry in came:
                     place += 1
-                    channel, data = entry  # type: ignore[misc]  # none of it has been fed
+                    if entry is None:
+                        continue  # fed by a handler's own wait, which was struck
+                    channel, data = entry
                     if len(data) >= HEADER_SIZE and not channel.chunks:
                         magic, kind, _, sequence, call_id, length = unpack_header(data)
                         if (
@@ -211,9 +211,9 @@ class Sockets:
                                 self.flush(rank)
                             continue
                     plain = False
-            if plain:
-                came.clear()
-            else:
+                if plain:
+                    came.clear()
+            if not plain:
                 more = more or any(entry[1] for entry in came if entry is not None)
                 odd += joint.deal()
         if odd:
@@ -231,8 +231,7 @@ class Sockets:
         for channel in odd:
             rank = channel.rank
             if channel.eof:
-                if rank not in ledger.hung and rank not in ledger.dead:
-                    ended.append(rank)  # once more where who has read the end was struck
+                ended.append(rank)  # again, where who has read the end was struck
             elif not channel.chunks:
                 self._heard = b""  # the rank's word came before its bytes: look again
             try:
@@ -253,9 +252,9 @@ class Sockets:
             self._garbled(rank, reason)
         for rank in ended:
             with self._lock:
-                self._forget(self.channels[rank])
                 ledger.hangup(rank, clock())
                 self._on_news()
+                self._forget(self.channels[rank])  # last: who is struck before it is told again
         return more
 
     def _feed(
@@ -316,9 +315,9 @@ class Sockets:
 
     def _garbled(self, rank: int, reason: str) -> None:
         with self._lock:
-            self._forget(self.channels[rank])
             self._ledger.break_group(Garbled(rank, reason))
             self._on_news()
+            self._forget(self.channels[rank])  # last: who is struck before it finds it again
 
     def _forget(self, channel: DriverChannel) -> None:
         channel.forget()

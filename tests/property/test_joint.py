@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rankwise._calls import Call
 from rankwise._ledger import Ledger
-from rankwise._messages import OK
+from rankwise._messages import HEADER, MAGIC, OK
 from rankwise._sockets import Sockets
 from rankwise._spin import Spin
 from rankwise.wire import joint
@@ -121,3 +121,96 @@ def test_each_call_is_answered_once_by_each_of_its_ranks(calls, seed, small):
             assert call.answers == dict.fromkeys(call.ranks, (OK, call.body[::-1]))
         assert ledger.late == 0
         assert not any(ledger.inflight)
+
+
+@pytest.fixture
+def three():
+    """The driver's ends of three channels, and the other ends."""
+    pairs = [socket.socketpair() for _ in range(3)]
+    ledger = Ledger(3)
+    sockets = Sockets([near for near, _ in pairs], ledger, threading.RLock(), lambda: None)
+    yield sockets, ledger, [far for _, far in pairs]
+    sockets.close()
+    for _, far in pairs:
+        far.close()
+
+
+def frames_at(sock: socket.socket) -> list[int]:
+    """The call ids of the frames that have come there."""
+    sock.setblocking(False)
+    try:
+        data = sock.recv(65536)
+    except BlockingIOError:
+        return []
+    found = []
+    while data:
+        *_, call_id, length = HEADER.unpack_from(data)
+        found.append(call_id)
+        data = data[HEADER.size + length :]
+    return found
+
+
+def test_who_sends_to_other_ranks_first_notes_what_one_who_was_struck_has_sent(three, monkeypatch):
+    sockets, ledger, far = three
+    first, second = Call("m", b"first", (0,)), Call("m", b"second", (1,))
+
+    def struck(joint):
+        raise Struck
+
+    with monkeypatch.context() as patched:
+        patched.setattr(joint.Joint, "settle", struck)
+        assert ledger.begin(first)
+        with pytest.raises(Struck):
+            sockets.send(first)
+    ledger.mend()  # by whoever comes next, who may have nothing to do with rank 0
+    assert ledger.begin(second)
+    sockets.send(second)
+    sockets.flush_all()
+    assert [frames_at(sock) for sock in far] == [[first.id], [second.id], []]
+
+
+def test_what_a_handlers_own_wait_has_left_behind_is_dealt_with(three):
+    """It was struck, and the handler swallowed that: the interrupted leader goes on."""
+    sockets, ledger, far = three
+    calls = [Call("m", b"", (0, 1)), Call("m", b"", (0, 1))]
+    for number, call in enumerate(calls):
+        assert ledger.begin(call)
+        sockets.send(call)
+        for sock in far[:2]:
+            sock.send(HEADER.pack(MAGIC, OK, 0, number, call.id, 1) + b"x")
+    one, other, _ = sockets.channels
+    came = sockets._joint.came
+    data = one.recv(25)
+    assert ledger.reply(0, calls[0].id, OK, data[24:], 0.0) is False
+    one.receive_sequence += 1
+    came.append(None)  # fed, and struck before it was let go of
+    came.append((other, other.recv(25)))  # received, and struck before it was fed
+    sockets.pull([one, other])
+    assert all(call.done for call in calls)
+    assert not came
+    assert ledger.broken is None
+
+
+@pytest.mark.parametrize("after", ["forget", "tell"])
+def test_a_rank_that_hung_up_is_told_of_however_its_leader_was_struck(three, monkeypatch, after):
+    sockets, ledger, far = three
+    far[0].close()
+    strikes = [1]
+    owner, name = (Ledger, "hangup") if after == "tell" else (type(sockets.channels[0]), "forget")
+    real = getattr(owner, name)
+
+    def struck(*args):
+        value = real(*args)
+        if strikes:
+            strikes.pop()
+            raise Struck
+        return value
+
+    monkeypatch.setattr(owner, name, struck)
+    with pytest.raises(Struck):
+        sockets.pull(sockets.channels)
+    if 0 not in ledger.hung:
+        assert sockets.ready.poll(0), "nobody would ever hear of it"
+    sockets.pull(sockets.channels)
+    assert ledger.hung == {0}
+    assert sockets.ready.poll(0) == []

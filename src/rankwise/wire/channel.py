@@ -32,7 +32,6 @@ from rankwise.wire.frames import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Iterator
     from typing import Final
 
     from rankwise._calls import Call
@@ -81,7 +80,9 @@ class DriverChannel:
         if call.id <= self.last_sent:
             return True  # interrupted after the last byte, before the caller could note it
         going = self._going
-        if going is None and not head and len(body) < JOIN_SIZE:  # as below, for nearly every call
+        if (
+            going is None and not head and len(body) < JOIN_SIZE
+        ):  # as below, for short ones that were queued
             frame = pack_header(
                 MAGIC, call.kind, flags, self.send_sequence & SEQUENCE_MASK, call.id, len(body)
             )
@@ -149,7 +150,8 @@ class DriverChannel:
         """Take what the socket has, once. False: nothing there, or end of file (then `eof`)."""
         chunks = self.chunks
         try:
-            self.hold(map(self.recv, SIZES))
+            self.expect()
+            chunks.extend(map(self.recv, SIZES))
         except BlockingIOError:
             return False
         except ConnectionError:  # not OSError: an alarm's handler may raise TimeoutError
@@ -160,13 +162,11 @@ class DriverChannel:
             return False
         return True
 
-    def hold(self, bytes_: Iterator[bytes]) -> None:
-        """Keep what comes out of `bytes_`, which is of C alone."""
-        chunks = self.chunks
-        if not chunks:
+    def expect(self) -> None:
+        """Bytes are about to be put into `chunks`: to be called before."""
+        if not self.chunks:
             self._first = self.receive_sequence
-        self._received += 1  # before the bytes come: whoever joins chunks now must look again
-        chunks.extend(bytes_)
+        self._received += 1  # whoever joins chunks now must look again
 
     @property
     def holding(self) -> bool:

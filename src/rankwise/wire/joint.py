@@ -6,7 +6,7 @@
 
 A rank costs half of what it costs by its channel's own methods. The rule is theirs (`channel.py`):
 bytes leave and enter by one C call that also counts or stores them. Who is struck after that leaves
-`going` or `came` behind; whoever holds the lock, or leads, next settles or deals first of all.
+`going` or `came` behind: whoever sends next settles first, and whoever leads next deals first.
 """
 
 from __future__ import annotations
@@ -29,18 +29,21 @@ if TYPE_CHECKING:
 
 SEND: Final = _socket.send
 RECEIVE: Final = _socket.recv
-NO_SIGNAL: Final = repeat(MSG_NOSIGNAL)
-SIZES: Final = repeat(RECEIVE_SIZE)
+EACH_NO_SIGNAL: Final = repeat(MSG_NOSIGNAL)
+EACH_SIZE: Final = repeat(RECEIVE_SIZE)
 BYTES: Final = itemgetter(1)
 SOCK: Final = attrgetter("sock")
-LAST: Final = (-1,)
+FIRST: Final = (0,)
 
 
 class Joint:
     """What all channels of a group do at once. Sending belongs to who holds the group's lock,
     receiving to the leader.
 
-    came: what was received and is not dealt with yet, with its channel; None where it was fed.
+    came: what was received and is not dealt with yet, with its channel, oldest first; None where it
+        was fed. Nearly always empty when a leader begins to receive: else one has been struck.
+    going: a call that is being sent: its channels, a frame for each, and how much of each frame has
+        left, as far as it was tried. None where every channel has noted that.
     """
 
     __slots__ = ("came", "going")
@@ -55,6 +58,8 @@ class Joint:
         """Send `call` over `channels`, all of it at once; nothing else is on its way there. False:
         some have not sent it, or not all of it, and their `send_call` is to go on.
         """
+        if self.going is not None:
+            self.settle()
         kind, number, size, wanted = call.kind, call.id, len(body), call.reply_from
         frames = []
         frame = b""
@@ -70,7 +75,7 @@ class Joint:
         sent: list[int] = []
         self.going = (call, channels, frames, sent)
         try:
-            sent.extend(map(SEND, map(SOCK, channels), frames, NO_SIGNAL))
+            sent.extend(map(SEND, map(SOCK, channels), frames, EACH_NO_SIGNAL))
         except (BlockingIOError, ConnectionError):
             pass  # it is not among `sent`
         return self.settle()
@@ -102,34 +107,46 @@ class Joint:
     # -- receiving ----------------------------------------------------------------------------
 
     def receive(self, channels: list[DriverChannel]) -> list[DriverChannel]:
-        """Take what each of `channels` has, once, into `came`, which is empty. Returns those that
-        nothing was taken from: the first that has nothing, or is gone, and all behind it.
-        """
+        """Take what each of `channels` has, once, into `came`. Returns those that have nothing, or
+        are gone (then `eof`)."""
         came = self.came
-        try:
-            # SIZES never end, and so are as many as there are channels.
-            came.extend(zip(channels, map(RECEIVE, map(SOCK, channels), SIZES)))  # noqa: B905
-        except (BlockingIOError, ConnectionError):
-            return channels[len(came) :]
-        return []
+        odd = []
+        while channels:
+            todo = iter(channels)
+            try:
+                # The sizes never end, and so are as many as there are channels.
+                came.extend(zip(todo, map(RECEIVE, map(SOCK, channels), EACH_SIZE)))  # noqa: B905
+                break
+            except (BlockingIOError, ConnectionError) as error:
+                left = list(todo)
+                failed = channels[-1 - len(left)]
+                if isinstance(error, ConnectionError):
+                    failed.receive()
+                odd.append(failed)
+                channels = left
+        return odd
 
     def deal(self) -> list[DriverChannel]:
-        """Give each channel what came for it and was not fed. Returns those that got something."""
+        """Give each channel what came for it and was not fed. Returns those that got something.
+
+        A handler's own wait may deal in the middle of this. So what is first is looked at again in
+        straight code before each C call that takes it.
+        """
         came = self.came
         dealt = []
         while came:
-            try:
-                last = came[-1]
-                if last is None:
-                    came.pop()
-                    continue
-                channel, data = last
-                dealt.append(channel)
+            first = came[0]
+            if first is None:
+                del came[0]
+                continue
+            channel, data = first
+            dealt.append(channel)
+            channel.expect()
+            taking = map(BYTES, map(came.pop, FIRST))  # type: ignore[arg-type]
+            if came and came[0] is first:
                 if data:
-                    channel.hold(map(BYTES, map(came.pop, LAST)))  # type: ignore[arg-type]
+                    channel.chunks.extend(taking)
                 else:
                     channel.eof = True
-                    came.pop()
-            except IndexError:
-                break  # a handler's own call has dealt all
+                    del came[0]
         return dealt
