@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import gc
 import os
@@ -15,6 +16,7 @@ from drivers import Script, Watch, in_thread, until
 from g06_nothing_remains_ranks import Worker, fails
 
 from rankwise import GroupBroken, GroupClosed, StartupError, WorkerDied, WorkerGroup
+from rankwise._shielded import Shielded
 
 
 def descriptors():
@@ -261,7 +263,9 @@ STRUCK = """
 class Worker:
     def echo(self): return 1
 import random
-def handler(*args): raise KeyboardInterrupt
+armed = False
+def handler(*args):
+    if armed: raise KeyboardInterrupt
 signal.signal(signal.SIGALRM, handler)
 chance = random.Random(int(sys.argv[1]))
 def state():
@@ -276,9 +280,11 @@ for round in range(25):
     group.submit("echo").add_done_callback(lambda future: None)
     try:
         try:
+            armed = True
             signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-4, 1.2e-2), 5e-4)
             group.kill() if round % 3 else group.close()
         finally:
+            armed = False  # a store: nothing strikes before it, and nobody after it
             signal.setitimer(signal.ITIMER_REAL, 0)
     except KeyboardInterrupt:
         struck += 1
@@ -454,3 +460,30 @@ hear()
     with Script(code) as script:
         assert script.line()["failed"] == "GroupBroken"
         assert script.end(8) == 0
+
+
+def test_a_strike_while_the_descriptors_are_closed_and_another_one_at_once(monkeypatch):
+    """The end has come when all of them are closed, and not before."""
+    settle = Shielded.settle
+    strikes = [1]
+
+    def run(shielded):
+        shielded._started.extend(map(_thread.start_new_thread, (shielded._run,), ((),)))
+        until(lambda: ending.closed)  # it has begun
+        raise KeyboardInterrupt
+
+    def struck(shielded):
+        if strikes:
+            strikes.pop()
+            raise KeyboardInterrupt
+        settle(shielded)
+
+    before = len(os.listdir("/proc/self/fd"))
+    group = WorkerGroup(Worker, 1)
+    ending = group._engine.ending
+    ending._stack.callback(time.sleep, 0.3)  # before the others
+    monkeypatch.setattr(Shielded, "run", run)
+    monkeypatch.setattr(Shielded, "settle", struck)
+    with pytest.raises(KeyboardInterrupt):
+        group.close()
+    assert len(os.listdir("/proc/self/fd")) == before

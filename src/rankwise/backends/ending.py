@@ -52,6 +52,7 @@ class Ending:
         self._stack = stack
         self.closed = False
         self._closing = threading.RLock()
+        self._rest: Shielded[None] | None = None  # closes the descriptors: the last step
         self._limit: float | None = None  # no end takes longer: a shorter close, a kill, the exit
         self._term_at = 0.0  # of a broken group; 0: not begun
         self._kill_at = 0.0
@@ -225,17 +226,19 @@ class Ending:
     def _end_firmly(self) -> BaseException | None:
         """End what is left, however often a signal handler strikes. Returns what it raised last."""
         interrupted: BaseException | None = None
-        while not self.closed:
-            rest = Shielded(self._end_rest)
+        while True:
             try:
+                if self._rest is not None:
+                    self._rest.settle()  # begun, and left by one who was struck
+                if self.closed:
+                    return interrupted
                 self._end_launcher()
-                rest.run()
+                self._rest = Shielded(self._end_rest)
+                self._rest.run()
             except BaseException as error:
-                rest.settle()
                 if not is_interrupt(error):
                     raise
                 interrupted = error
-        return interrupted
 
     def _end_launcher(self) -> None:
         """End all that runs. Every step of it may be done twice."""
