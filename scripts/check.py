@@ -1,10 +1,11 @@
 """What `make check` runs once all is installed; what is given goes to pytest.
 
-    ruff > pytest, and beside it, in a thread, mypy > basedpyright > what they have said
+    ruff > the unit tests, and beside them the contract tests, and mypy > basedpyright
+         > what those beside have said
 
-Ruff takes a second and tells of most mistakes, so where it finds one that is all. The type checkers
-use one core, and the tests, which wait for processes half of their time, not quite the other.
-`^C` reaches all of them, for they are in one process group.
+Ruff takes a second and tells of most mistakes, so where it finds one that is all. Each of the
+others uses a core at most, and the contract tests wait for processes half of their time. `^C`
+reaches all of them, for they are in one process group.
 """
 
 from __future__ import annotations
@@ -20,14 +21,20 @@ TYPES = [[BIN / "mypy"], [BIN / "basedpyright", "--pythonpath", sys.executable]]
 TESTS = [path for path in ("tests/unit", "tests/contract") if Path(path).is_dir()]
 
 
+GOOD = {0, 5} if sys.argv[1:] else {0}  # 5: pytest was told to select, and nothing is left here
+
+
 def shown(command: list[str | Path]) -> str:
     return " ".join(["$", Path(command[0]).name, *map(str, command[1:])])
 
 
-def quietly(command: list[str | Path]) -> tuple[bool, str]:
-    """Whether it has succeeded, and what it has said."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return done.returncode == 0, f"{shown(command)}\n{done.stdout}"
+def quietly(commands: list[list[str | Path]]) -> list[tuple[bool, str]]:
+    """Run them one after another: whether each has succeeded, and what it has said."""
+    found = []
+    for command in commands:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        found.append((done.returncode in GOOD, f"{shown(command)}\n{done.stdout}"))
+    return found
 
 
 def main() -> int:
@@ -35,14 +42,15 @@ def main() -> int:
         print(shown(command), flush=True)
         if subprocess.run(command).returncode:
             return 1
-    with ThreadPoolExecutor(1) as beside:
-        checkers = [beside.submit(quietly, command) for command in TYPES]
-        tests = [sys.executable, "-m", "pytest", "-q", *TESTS, *sys.argv[1:]]
-        good = subprocess.run(tests).returncode == 0
-        for checker in checkers:
-            right, said = checker.result()
-            print(said, end="", flush=True)
-            good = good and right
+    first, *others = [[sys.executable, "-m", "pytest", "-q", path, *sys.argv[1:]] for path in TESTS]
+    with ThreadPoolExecutor(2) as beside:
+        later = [beside.submit(quietly, others), beside.submit(quietly, TYPES)]
+        print(shown(first), flush=True)
+        good = subprocess.run(first).returncode in GOOD
+        for one in later:
+            for right, said in one.result():
+                print(said, end="", flush=True)
+                good = good and right
     if not good:
         print("check: something is wrong, see above", file=sys.stderr)
     return 0 if good else 1

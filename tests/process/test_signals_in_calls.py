@@ -161,7 +161,7 @@ def raising_handler():
 
 
 JOINT = ["send", "settle", "receive"]
-ODD = ["deal", "hold", "frames", "consume"]  # where an answer is not plain
+ODD = ["deal", "expect", "frames", "consume"]  # where an answer is not plain
 ALONE = ["receive", "send_call"]  # where a channel is on its own
 
 
@@ -179,7 +179,11 @@ def test_an_answer_that_was_taken_off_the_socket_when_the_leader_was_struck_arri
         if path == "odd":
             monkeypatch.setattr(_sockets, "PLAIN", frozenset())
         if path == "alone":
-            monkeypatch.setattr(Joint, "receive", lambda joint, channels: channels)
+            monkeypatch.setattr(
+                Joint,
+                "receive",
+                lambda joint, channels: [each.receive() for each in channels] and channels,
+            )
             monkeypatch.setattr(Joint, "send", lambda joint, call, channels, body: False)
         future = group.submit("echo", 7)
         owner = Joint if path == "joint" or method == "deal" else DriverChannel

@@ -54,7 +54,10 @@ LAYERS = (
     ("the wire's slow path", "wire.culprit"),
     ("its walk", "wire.parts"),
     ("definitions on the wire, and tensors", "wire.byvalue", "wire.gpu", "wire.tensors"),
-    ("the wire", "wire.codec", "wire.channel", "wire.worker_channel", "wire.control", "logs.lines"),
+    (
+        "the wire", "wire.codec", "wire.joint", "wire.channel", "wire.worker_channel",
+        "wire.control", "logs.lines",
+    ),
     ("frames", "wire.frames"),
     ("large payloads", "wire.arena"),
     ("their readers", "wire.borrowing"),

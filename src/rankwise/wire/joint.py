@@ -129,12 +129,14 @@ class Joint:
     def deal(self) -> list[DriverChannel]:
         """Give each channel what came for it and was not fed. Returns those that got something.
 
-        A handler's own wait may deal in the middle of this. So what is first is looked at again in
-        straight code before each C call that takes it.
+        A handler's own wait may deal in the middle of this, at any call and at the loop's jump. So
+        what is first is looked at again in straight code before each C call that takes it.
         """
         came = self.came
         dealt = []
-        while came:
+        while True:
+            if not came:
+                return dealt
             first = came[0]
             if first is None:
                 del came[0]
@@ -149,4 +151,3 @@ class Joint:
                 else:
                     channel.eof = True
                     del came[0]
-        return dealt
