@@ -142,9 +142,10 @@ class Sockets:
             if not ledger.sent(rank, call):
                 break
         if blocked is not channel.wants_out and not channel.eof:
+            channel.wants_out = None  # not known, where the next line is struck: said again then
             self.ready.modify(channel.fd, IN | OUT if blocked else IN)
             channel.wants_out = blocked
-            self.blocked = sum(channel.wants_out for channel in self.channels)
+            self.blocked = sum(channel.wants_out is not False for channel in self.channels)
 
     def flush_all(self) -> None:
         """Finish what a struck thread has begun. With the lock held."""
@@ -328,13 +329,15 @@ class Sockets:
         # Empty the channel before believing the death: a worker may answer and exit, and we may
         # be told of the exit first. The other order throws a good answer away.
         for rank, report in list(self.deaths.items()):
-            while self.pull([self.channels[rank]]):
+            channel = self.channels[rank]
+            # Asked of the kernel too: a handler's own wait may have taken what was to be pulled.
+            while self.pull([channel]) or (not channel.eof and self.unread_here(rank)):
                 pass
             with self._lock:
-                self._forget(self.channels[rank])
+                self._forget(channel)
                 self._ledger.died(rank, report)
                 self.deaths.pop(rank, None)
-            self._on_news()
+                self._on_news()
 
     def unread_there(self, rank: int) -> int:
         """How much of what was sent to `rank` it has not read yet; bytes, as the kernel counts."""

@@ -63,7 +63,7 @@ class DriverChannel:
         self.eof = False
         self.receive_sequence = 0
         self._first = 0  # the sequence that is due where the bytes that are held begin
-        self.wants_out = False
+        self.wants_out: bool | None = False  # whether the epoll tells when it takes bytes again
         self.send_sequence = 0
         self.last_sent = -1
         self._going: tuple[Call | None, bytes, bytes, list[int]] | None = None

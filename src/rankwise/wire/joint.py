@@ -16,6 +16,7 @@ from _socket import socket as _socket
 from itertools import repeat
 from operator import attrgetter, itemgetter
 
+from rankwise._interrupts import is_interrupt
 from rankwise._messages import MAGIC, WANT_VALUE
 from rankwise._status import BELL
 from rankwise.wire.frames import RECEIVE_SIZE, SEQUENCE_MASK, pack_header
@@ -110,7 +111,7 @@ class Joint:
         """Take what each of `channels` has, once, into `came`. Returns those that have nothing, or
         are gone (then `eof`)."""
         came = self.came
-        odd = []
+        odd: list[DriverChannel] = []
         while channels:
             todo = iter(channels)
             try:
@@ -118,6 +119,8 @@ class Joint:
                 came.extend(zip(todo, map(RECEIVE, map(SOCK, channels), EACH_SIZE)))  # noqa: B905
                 break
             except (BlockingIOError, ConnectionError) as error:
+                if is_interrupt(error):
+                    raise  # a handler's own, before the C call or after it
                 left = list(todo)
                 failed = channels[-1 - len(left)]
                 if isinstance(error, ConnectionError):
@@ -133,7 +136,7 @@ class Joint:
         what is first is looked at again in straight code before each C call that takes it.
         """
         came = self.came
-        dealt = []
+        dealt: list[DriverChannel] = []
         while True:
             if not came:
                 return dealt
