@@ -18,12 +18,11 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from calls import Echo
+from calls import Echo, timed
 from rungs import RUNGS
 
 from rankwise import WorkerGroup
@@ -32,7 +31,7 @@ OURS = {"rankwise, forked": "forkserver", "rankwise, spawned": "spawn"}
 
 
 def seconds_a_call(name: str, ranks: int, seconds: float) -> float:
-    """The median. The first fifth is warm-up."""
+    """The median."""
     if name in RUNGS:
         group = RUNGS[name](ranks)
         call = group.call
@@ -42,16 +41,11 @@ def seconds_a_call(name: str, ranks: int, seconds: float) -> float:
         def call(number: int) -> object:
             return group.call(Echo.echo, number)
 
-    clock = time.perf_counter
-    samples = []
-    end = clock() + seconds
-    number = 0
-    while (began := clock()) < end:
-        call(number)
-        samples.append(clock() - began)
-        number += 1
+    run = timed(call)
+    run(seconds / 5)  # warm up
+    took = run(seconds)
     group.close()
-    return statistics.median(samples[len(samples) // 5 :])
+    return took
 
 
 def measure(ranks: int, rounds: int, seconds: float) -> dict[str, list[float]]:

@@ -80,14 +80,7 @@ class DriverChannel:
         if call.id <= self.last_sent:
             return True  # interrupted after the last byte, before the caller could note it
         going = self._going
-        if (
-            going is None and not head and len(body) < JOIN_SIZE
-        ):  # as below, for short ones that were queued
-            frame = pack_header(
-                MAGIC, call.kind, flags, self.send_sequence & SEQUENCE_MASK, call.id, len(body)
-            )
-            self._going = going = (call, frame + body, b"", [])
-        elif going is None or going[0] is not call:
+        if going is None or going[0] is not call:
             frame = pack_header(
                 MAGIC, call.kind, flags, self.send_sequence & SEQUENCE_MASK, call.id,
                 len(head) + len(body),
