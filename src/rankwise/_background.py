@@ -9,6 +9,7 @@ does.
 from __future__ import annotations
 
 import threading
+import time
 
 from rankwise._deadline import left
 from rankwise._interrupts import is_interrupt
@@ -82,5 +83,9 @@ class Background:
 
     def join(self, until: float | None = None) -> None:
         """Wait until it has ended, or the clock reads `until`; not at all in the thread itself."""
-        if not self.is_current() and self._bell.wait_for(lambda: self._ended, until):
-            self._thread.join()  # a few instructions from its end
+        if self.is_current() or not self._bell.wait_for(lambda: self._ended, until):
+            return
+        # It is a few instructions from its end, which nothing but `Thread.join` rings for; and one
+        # that is struck takes it for ended before that.
+        while self._thread in threading.enumerate():
+            time.sleep(1e-5)

@@ -41,8 +41,10 @@ SECONDS = 20.0  # no wait of these tests should take a tenth of it
 
 # What every script begins with: `say` gives the test a line, `hear` takes one from it.
 PRELUDE = """
-import ctypes, json, os, signal, sys, threading, time, warnings
+import ctypes, faulthandler, json, os, signal, sys, threading, time, warnings
 from rankwise import *
+
+faulthandler.register(signal.SIGUSR1)  # asked where it is by a test that has waited long enough
 
 # From 3.12 on Python itself warns of any fork beside a thread.
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -101,6 +103,7 @@ class Script:
         deadline = time.monotonic() + seconds
         while b"\n" not in self._rest:
             if not readable(fd, max(0.0, deadline - time.monotonic())):
+                self.ask()
                 raise AssertionError(f"the script said nothing for {seconds} s\n{self.errors()}")
             data = os.read(fd, 65536)
             if not data:
@@ -124,7 +127,14 @@ class Script:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
+            self.ask()
             raise AssertionError(f"the script goes on after {seconds} s\n{self.errors()}") from None
+
+    def ask(self) -> None:
+        """Have it write its threads' stacks to its standard error, twice: does it move?"""
+        for _ in range(2):
+            self.kill(signal.SIGUSR1)
+            time.sleep(0.2)
 
     def output(self) -> str:
         """All that it has printed and `line` has not taken. Waits for the end of the pipe."""

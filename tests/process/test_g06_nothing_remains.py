@@ -14,9 +14,11 @@ import warnings
 import pytest
 from drivers import Script, Watch, in_thread, until
 from g06_nothing_remains_ranks import Worker, fails
+from striking import Striker
 
 from rankwise import GroupBroken, GroupClosed, StartupError, WorkerDied, WorkerGroup
 from rankwise._shielded import Shielded
+from rankwise.backends import link
 
 
 def descriptors():
@@ -302,6 +304,29 @@ def test_an_end_that_is_struck_between_any_two_steps_leaves_nothing(seed):
         said = script.line(90)
         assert said["after"] == said["before"]
         assert said["struck"] > 3
+
+
+def test_a_launcher_is_told_to_finish_wherever_that_is_struck(state):
+    """Else it is waited for, and killed; under one strike after the other, waited for for ever."""
+    for point in range(1, 1000):
+        group = WorkerGroup(Worker, 1, start_method="forkserver")
+        engine = group._engine
+        striker = Striker(point, link, error=KeyboardInterrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            striker.run(group.kill)
+        group.close()
+        assert engine.link._held.exitcode() == 0, f"struck at {point} it was killed"
+        if striker.countdown > 0:
+            assert point > 10
+            return
+    raise AssertionError("the end does not end")
+
+
+def test_an_end_needs_no_lock_that_a_strike_can_leave_taken(state):
+    """Popen's: `acquire(False)`, and only then `try`."""
+    group = WorkerGroup(Worker, 1)
+    group._engine.link._held.process._waitpid_lock.acquire()
+    in_thread(group.close).value(10)
 
 
 def test_open_futures_get_group_closed(state, tmp_path):

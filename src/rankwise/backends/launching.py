@@ -12,6 +12,7 @@ close run the same steps.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -68,20 +69,41 @@ class Held:
         """Give the launcher copies of `fds`, for the Launch that follows. Raises OSError."""
         assert self.grants is not None
         # Not every socket breaks with its process: one that this had forked may hold it open.
-        if self.process.poll() is not None:
+        if self.exitcode() is not None:
             raise ProcessLookupError(f"the launcher (pid {self.process.pid}) has ended")
         for begin in range(0, len(fds), FDS_A_MESSAGE):
             batch = array("i", fds[begin : begin + FDS_A_MESSAGE])
             self.grants.sendmsg([b"g"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, batch)])
+
+    def exitcode(self, *, wait: bool = False) -> int | None:
+        """How the launcher has ended, a signal's number below 0; None: it runs. `wait`: until it
+        has ended.
+
+        Not by Popen's own poll and wait: who is struck by a signal handler's exception as they take
+        their lock leaves it taken, and the next one waits for it for ever.
+        """
+        process = self.process
+        if process.returncode is None:
+            try:
+                found = os.waitid(
+                    os.P_PIDFD, self.pidfd, os.WEXITED if wait else os.WEXITED | os.WNOHANG
+                )
+            except ChildProcessError:
+                process.returncode = 0  # reaped: by the kernel, where SIGCHLD is ignored
+            else:
+                if found is not None:
+                    exited = found.si_code == os.CLD_EXITED
+                    process.returncode = found.si_status if exited else -found.si_status
+        return process.returncode
 
     def close(self) -> None:
         """The last resort of a start that failed half way; an orderly end leaves it little."""
         if not self.ours:
             return
         self.ours = False
-        if self.process.returncode is None:
-            self.process.kill()
-            self.process.wait()
+        if self.exitcode() is None:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            self.exitcode(wait=True)
         os.close(self.pidfd)
         self.control.close()
         if self.grants is not None:

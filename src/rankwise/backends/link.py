@@ -52,7 +52,6 @@ class LauncherLink:
         self._engine = engine
         self._held = started.held
         self._control = started.held.control
-        self._launcher = started.held.process
         self.control_fd = self._control.fileno()
         self.launcher_pidfd = started.held.pidfd
         self.stay = engine.spec.restart is not None  # the launcher, when its ranks are gone
@@ -62,7 +61,7 @@ class LauncherLink:
         self.news = Bell()
         self.printer = Printer(engine.name, self.shown)
         self._heard = 0.0  # when the launcher last said something
-        self._finishing = False
+        self._finishing: list[None] = []  # not empty once it was told to finish
         self._outbox: list[object] = []
         self._outer = engine.pump.outer
         self._outer.register(self.control_fd, 1)
@@ -137,9 +136,8 @@ class LauncherLink:
     def _tell_lost(self, reason: Exception) -> None:
         # Its descriptors close before it ends.
         wait_readable(self.launcher_pidfd, 0.1)
-        self._launcher.poll()
-        ended = describe_exit(self._launcher.returncode)
-        cause = f"its launcher (pid {self._launcher.pid}) {ended}"
+        ended = describe_exit(self._held.exitcode())
+        cause = f"its launcher (pid {self._held.process.pid}) {ended}"
         if not isinstance(reason, EOFError):
             cause += f" ({reason})"
         self._engine.break_group(Garbled(-1, cause))
@@ -172,8 +170,10 @@ class LauncherLink:
     def finish(self) -> None:
         """Have the launcher SIGKILL what is left, report and go. Again it does nothing."""
         if not self._finishing:
-            self._finishing = True
-            self.send(Finish(self.stay))
+            self._heard = clock()
+            # One C call puts it and notes it, so a signal handler finds both or neither.
+            self._finishing.extend(map(self._outbox.append, (Finish(self.stay),)))
+        self._engine.pump.kick()
 
     # -- its end ------------------------------------------------------------------------------
 
@@ -188,7 +188,6 @@ class LauncherLink:
         What strikes it leaves it to be called again.
         """
         self.finish()
-        self._heard = clock()
         while not self.gone and clock() < self._heard + PATIENCE:
             # It says Dying while the kernel still frees a rank's memory, some 30 ms a GB.
             self.wait_for(lambda: self.gone, self._heard + PATIENCE)
@@ -202,7 +201,7 @@ class LauncherLink:
             self._kill()
         if not wait_readable(self.launcher_pidfd, PATIENCE):
             self._kill()
-        self._launcher.wait()
+        self._held.exitcode(wait=True)
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -235,7 +234,7 @@ class LauncherLink:
 
     def become_inert(self) -> None:
         """This is a forked child's copy, whose destructor would warn of a child not waited for."""
-        self._launcher.returncode = 0
+        self._held.process.returncode = 0
 
 
 def _await_ends(pidfds: list[int]) -> None:
