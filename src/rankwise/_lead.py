@@ -78,9 +78,10 @@ class Lead:
             self.arm(False)
         for port in self.ports:
             port.arm(False)
-        outer = self.current()
-        if outer is not me:
-            me.outer = outer
+        if self.leader is not None:
+            outer = self.current()
+            if outer is not me:
+                me.outer = outer
         self.leader = me
 
     def take_or_sleep(self, me: Waiter, call: Call) -> None:

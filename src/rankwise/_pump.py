@@ -77,16 +77,16 @@ class Pump:
         self.traffic = False  # something was submitted since the keeper's last look
         self._ready = self.sockets.ready
         rouse, kick = Wake(), Wake()
-        self._leader_wake, self.keeper_wake = rouse.fd, kick.fd
-        self._ready.register(self._leader_wake, IN)
         self._rouse: Callable[[], None] = rouse
         self.kick: Callable[[], None] = kick
+        self._leader_wake, self.keeper_wake = rouse.fd, kick.fd
+        self._ready.register(self._leader_wake, IN)
         self.outer = select.epoll()  # the keeper sleeps in this one
         self.outer.register(self._ready.fileno(), 0)
         self.outer.register(self.keeper_wake, IN)
-        self.lead = Lead(self._arm_keeper, self._unled)
+        self.ready_fd = fd = self._ready.fileno()
+        self.lead = Lead(lambda armed: self.outer.modify(fd, IN if armed else 0), self._unled)
         self._broken_noted = False
-        self.ready_fd = self._ready.fileno()
 
     # -- submitting ---------------------------------------------------------------------------
 
@@ -102,14 +102,14 @@ class Pump:
                 refusal = ledger.refusal()
                 if refusal is not None:
                     return refusal
-                if len(calls) == 1 and ledger.begin(calls[0]):
+                began = len(calls) == 1 and ledger.begin(calls[0])
+                if began:
                     self.sockets.send(calls[0])
                 else:
                     ledger.place(calls)
-                    flush = self.sockets.flush
                     for call in calls:
                         for rank in call.ranks:
-                            flush(rank)
+                            self.sockets.flush(rank)
                 lead = self.lead
                 if lead.leader is None:
                     if waiter is not None:
@@ -120,8 +120,8 @@ class Pump:
                 if self.wake_at == NEVER:
                     self.wake_at = 0.0
                     self.kick()
-                else:
-                    self._note_news()
+                elif not began:
+                    self._note_news()  # what is begun at once has no timers
         except BaseException:
             self.kick()
             raise
@@ -142,56 +142,63 @@ class Pump:
 
     def run(self, call: Call) -> Error | None:
         """Submit `call` and wait until it is settled. Returns why it cannot be taken, or None."""
-        me = Waiter()
+        me, refusal = Waiter(), None
         try:
             refusal = self.submit((call,), me)
             if refusal is None:
-                self.wait(call, None, me)
-        except BaseException:
+                self._wait_as(me, call, None)
+        except BaseException as error:
             me.gone = True  # it may be leading: one store in straight code, then one C call
             self.kick()
-            raise
+            if not self._closed_under(call, error):
+                raise
         return refusal
 
-    def wait(self, call: Call, until: float | None, me: Waiter | None = None) -> bool:
+    def wait(self, call: Call, until: float | None) -> bool:
         """Wait until `call` is settled (True) or the clock reads `until` (False)."""
         if call.done:
-            if me is None:
-                return True
-        elif me is None:
-            self.check_entry()
-            me = Waiter()
-        assert me is not None
-        lead = self.lead
+            return True
+        self.check_entry()
+        me = Waiter()
         try:
-            while not call.done:
-                if lead.leader is not me:
-                    with self.lock:
-                        if call.done:
-                            break
-                        lead.take_or_sleep(me, call)
-                if lead.leader is me:
-                    if not self._poll(me, call, until):
-                        break
-                else:
-                    assert me.gate is not None
-                    timeout = -1.0 if until is None else max(0.0, until - clock())
-                    if not me.gate.acquire(timeout=timeout) and not call.done:
-                        break
-            with self.lock:
-                if lead.leave(me, call):
-                    self.see_to_rest()
-                elif me.outer is not None:
-                    self._rouse()  # it may be about to sleep over a call that has been settled
+            self._wait_as(me, call, until)
         except BaseException as error:
-            me.gone = True
+            me.gone = True  # as in `run`
             self.kick()
-            ours = type(error) in (OSError, ValueError)
-            if ours and self.inert is not None:  # a handler has forked, and this is the child
-                raise RuntimeError(self.inert) from None
-            if not (self.closed and call.done and ours):
-                raise  # else a handler of ours has closed the group under us
+            if not self._closed_under(call, error):
+                raise
         return call.done
+
+    def _wait_as(self, me: Waiter, call: Call, until: float | None) -> None:
+        lead = self.lead
+        while not call.done:
+            if lead.leader is not me:
+                with self.lock:
+                    if call.done:
+                        break
+                    lead.take_or_sleep(me, call)
+            if lead.leader is me:
+                if not self._poll(me, call, until):
+                    break
+            else:
+                assert me.gate is not None
+                timeout = -1.0 if until is None else max(0.0, until - clock())
+                if not me.gate.acquire(timeout=timeout) and not call.done:
+                    break
+        with self.lock:
+            if lead.leave(me, call):
+                self.see_to_rest()
+            elif me.outer is not None:
+                self._rouse()  # it may be about to sleep over a call that has been settled
+
+    def _closed_under(self, call: Call, error: BaseException) -> bool:
+        """Whether `error` says no more than that a handler of ours has closed the group, and with
+        it `call`, under who waited. In a forked child it says that instead."""
+        if type(error) not in (OSError, ValueError):
+            return False
+        if self.inert is not None:  # a handler has forked, and this is the child
+            raise RuntimeError(self.inert) from None
+        return self.closed and call.done
 
     def _unled(self) -> bool:
         """Whether something is open that neither a waiter nor a loop would lead for."""
@@ -199,9 +206,6 @@ class Pump:
             if not call.done and not call.led:
                 return True
         return self.sockets.blocked > 0
-
-    def _arm_keeper(self, armed: bool) -> None:
-        self.outer.modify(self.ready_fd, IN if armed else 0)
 
     def see_to_rest(self) -> None:
         """The lead has ended. What nobody is woken for is the keeper's: deaths that it left to a

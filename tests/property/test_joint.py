@@ -11,18 +11,16 @@ from contextlib import ExitStack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from striking import Striker, Struck
 
+from rankwise import _ledger, _sockets
 from rankwise._calls import Call
 from rankwise._ledger import Ledger
-from rankwise._messages import HEADER, MAGIC, OK
+from rankwise._messages import ACK, FAILED, HEADER, MAGIC, OK
 from rankwise._sockets import Sockets
 from rankwise._spin import Spin
-from rankwise.wire import joint
+from rankwise.wire import channel, joint
 from rankwise.wire.worker_channel import WorkerChannel
-
-
-class Struck(Exception):
-    """Out of a signal handler."""
 
 
 class Weather:
@@ -51,11 +49,11 @@ class Weather:
         return sock.recv(self._random.randint(1, self._small) if self._small else size)
 
 
-def answer(sock: socket.socket) -> None:
+def answer(sock: socket.socket, rank: int) -> None:
     worker = WorkerChannel(sock, Spin(0.0, learns=False))
     while (received := worker.receive()) is not None:
         _, _, call_id, body = received
-        worker.reply(OK, call_id, bytes(body)[::-1])
+        worker.reply(OK, call_id, bytes(body)[::-1] + b"." * rank)
 
 
 def until_done(step: Callable[[], object], mend: Callable[[], object]) -> None:
@@ -84,7 +82,9 @@ def test_each_call_is_answered_once_by_each_of_its_ranks(calls, seed, small):
         patched.setattr(joint, "SEND", weather.send)
         patched.setattr(joint, "RECEIVE", weather.recv)
         pairs = [socket.socketpair() for _ in range(3)]
-        threads = [threading.Thread(target=answer, args=(far,)) for _, far in pairs]
+        threads = [
+            threading.Thread(target=answer, args=(far, rank)) for rank, (_, far) in enumerate(pairs)
+        ]
         for (_, far), thread in zip(pairs, threads, strict=True):
             thread.start()
             stack.callback(far.close)
@@ -118,7 +118,8 @@ def test_each_call_is_answered_once_by_each_of_its_ranks(calls, seed, small):
             until_done(mend, mend)
             until_done(lambda: sockets.pull(sockets.channels), sockets.pull_stranded)
         for call in made:
-            assert call.answers == dict.fromkeys(call.ranks, (OK, call.body[::-1]))
+            back = call.body[::-1]
+            assert call.answers == {rank: (OK, back + b"." * rank) for rank in call.ranks}
         assert ledger.late == 0
         assert not any(ledger.inflight)
 
@@ -214,3 +215,92 @@ def test_a_rank_that_hung_up_is_told_of_however_its_leader_was_struck(three, mon
     sockets.pull(sockets.channels)
     assert ledger.hung == {0}
     assert sockets.ready.poll(0) == []
+
+
+ANSWERS = {
+    "alike": [(OK, b"a"), (OK, b"bb"), (OK, b"")],
+    "one of another kind": [(OK, b"a"), (ACK, b""), (OK, b"c")],
+    "one that fails": [(OK, b"a"), (FAILED, b"no"), (OK, b"c")],
+}
+
+
+def run_of_a_call(point: int, answers: list[tuple[int, bytes]], cut: int) -> Striker:
+    """A call to three ranks, all of which have answered; who takes that is struck at `point`.
+
+    cut: of so many ranks the last byte comes later. Returns the striker, with what was not passed.
+    """
+    pairs = [socket.socketpair() for _ in answers]
+    ledger = Ledger(len(answers))
+    lock = threading.RLock()
+    sockets = Sockets([near for near, _ in pairs], ledger, lock, lambda: None)
+    striker = Striker(point, _sockets, _ledger, joint, channel)
+    try:
+        for number in range(2):
+            call = Call("m", b"", tuple(range(len(answers))), on_error="continue")
+            assert ledger.begin(call)
+            sockets.send(call)
+            frames = [
+                HEADER.pack(MAGIC, kind, 0, number, call.id, len(body)) + body
+                for kind, body in answers
+            ]
+            for rank, (_, far) in enumerate(pairs):
+                far.send(frames[rank][: -1 if rank < cut else None])
+            try:
+                striker.run(sockets.pull, sockets.channels)
+            except Struck:
+                sockets.pull_stranded()
+            for rank in range(cut):
+                pairs[rank][1].send(frames[rank][-1:])
+            sockets.pull(sockets.channels)
+            assert call.answers == dict(enumerate(answers)), f"struck at {point}"
+            assert call.done and call.ended, f"struck at {point}"
+        assert ledger.broken is None, f"struck at {point}"
+        assert not any(ledger.inflight)
+        assert not sockets._joint.came
+        assert [one.receive_sequence for one in sockets.channels] == [2] * len(answers)
+    finally:
+        sockets.close()
+        for _, far in pairs:
+            far.close()
+    return striker
+
+
+@pytest.mark.parametrize("cut", [0, 1, 3])
+@pytest.mark.parametrize("kinds", ANSWERS)
+def test_struck_at_any_point_of_taking_answers_none_is_lost_or_taken_twice(kinds, cut):
+    run_of_a_call(1 << 30, ANSWERS[kinds], cut)  # 3.13 traces a function from its second call on
+    for point in range(1, 10_000):
+        if run_of_a_call(point, ANSWERS[kinds], cut).countdown > 0:
+            assert point > 10, "it was never struck"
+            return
+    raise AssertionError("it does not end")
+
+
+def test_answers_that_are_alike_are_fed_at_once(three, monkeypatch):
+    sockets, ledger, far = three
+    monkeypatch.setattr(Ledger, "reply", None)  # one by one
+    for number in range(3):
+        call = Call("m", b"", (0, 1, 2))
+        assert ledger.begin(call)
+        sockets.send(call)
+        for sock in far:
+            sock.send(HEADER.pack(MAGIC, OK, 0, number, call.id, 2) + b"xy")
+        sockets.pull(sockets.channels)
+        assert call.done
+        assert call.answers == dict.fromkeys(range(3), (OK, b"xy"))
+
+
+@pytest.mark.parametrize(("sequence", "magic"), [(5, MAGIC), (0, MAGIC), (1, 0xBAD)])
+def test_frames_that_are_alike_and_wrong_break_the_group(three, sequence, magic):
+    """One that is not due, one that has come before, one that is none."""
+    sockets, ledger, far = three
+    for number, head in enumerate(((MAGIC, OK, 0, 0), (magic, OK, 0, sequence))):
+        call = Call("m", b"", (0, 1, 2))
+        assert ledger.begin(call)
+        sockets.send(call)
+        for sock in far:
+            sock.send(HEADER.pack(*head, call.id, 1) + b"x")
+        sockets.pull(sockets.channels)
+        assert call.done
+        assert (ledger.broken is not None) is (number == 1)
+    assert not call.answers

@@ -6,9 +6,7 @@ answered. Every answer's body names its call and rank, so an answer that settles
 
 from __future__ import annotations
 
-import dis
 import sys
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from striking import Striker, Struck
 
 from rankwise import _ledger
 from rankwise._calls import Broken, Call, Cancelled, Closed, Expired, Garbled, Lost, Stuck
@@ -91,6 +90,32 @@ class Machine(RuleBasedStateMachine):
         if self.do_place(calls):
             self.placed += calls
 
+    @precondition(lambda self: self.ledger.refusal() is None)
+    @rule(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        """A call that nothing is in the way of leaves at once, for some of its ranks at least."""
+        call = self.any_call(data.draw)
+        if data.draw(st.integers(0, 3)):
+            call.body, call.deadline, call.slow = b"x", None, None
+        begun = self.do_begin(call)
+        if begun is None:
+            return
+        self.placed.append(call)
+        if begun:
+            for rank in call.ranks:
+                assert self.under_way[rank] is None, "in the middle of a frame"
+                if data.draw(st.booleans()) and rank not in self.gone:
+                    self.received[rank].append(call)
+                elif self.alive():
+                    self.ledger.queues[rank].append(call)  # its socket has taken nothing
+            self.event("all_sent")
+
+    def do_begin(self, call: Call) -> bool | None:
+        """Whether `call` is under way to all its ranks; None: nobody has heard of it."""
+        if self.event("begin", call):
+            return True
+        return False if self.do_place((call,)) else None
+
     def any_call(self, draw: Any) -> Call:
         ranks = tuple(draw(st.lists(st.sampled_from(range(self.size)), min_size=1, unique=True)))
         reply_from = draw(st.none() | st.sampled_from(ranks)) if len(ranks) > 1 else None
@@ -138,6 +163,26 @@ class Machine(RuleBasedStateMachine):
         able = [r for r in range(self.size) if self.owing(r) and r not in self.gone]
         if able:
             self.answer(data.draw(st.sampled_from(able)), fails)
+
+    @rule(data=st.data(), fails=st.integers(0, 4))
+    def reply_all(self, data: st.DataObject, fails: int) -> None:
+        """As of a leader who has received the answers of several ranks to the same call."""
+        able = [r for r in range(self.size) if self.owing(r) and r not in self.gone]
+        if not able:
+            return
+        call = self.owing(data.draw(st.sampled_from(able)))[0]
+        ranks = [rank for rank in able if self.owing(rank)[0] is call]
+        plain = fails > 0 and call.reply_from is None
+        bodies = [body_of(call, rank) for rank in ranks]
+        open_yet = not call.done and call.error is None and self.alive()
+        if self.event("reply_all", ranks, call.id, OK if plain else FAILED, bodies):
+            assert plain
+            for rank in ranks:
+                self.answered[rank] += 1
+        else:
+            assert self.interrupts or not (plain and open_yet)
+            for rank in ranks:
+                self.answer(rank, not fails)
 
     def answer(self, rank: int, fails: bool) -> None:
         call = self.owing(rank)[0]
@@ -409,59 +454,6 @@ def test_the_ledger_keeps_its_promises_in_any_order_of_events():
 # -- the same, struck by exceptions ---------------------------------------------------------------
 
 
-class Struck(BaseException):
-    """What a signal handler raises."""
-
-
-class Striker:
-    """Raises `Struck` at the n-th place of the ledger's code at which a handler could run.
-
-    CPython runs handlers when a Python function begins, after a call of something that is not a
-    plain Python function, and at a backward jump.
-    """
-
-    def __init__(self, countdown: int) -> None:
-        self.countdown = countdown
-        self._previous: dict[FrameType, str | None] = {}
-
-    def run(self, function: Any, *args: Any) -> Any:
-        old = sys.gettrace()
-        sys.settrace(self._trace)
-        try:
-            return function(*args)
-        finally:
-            sys.settrace(old)
-            self._previous.clear()
-
-    def _trace(self, frame: FrameType, event: str, arg: object) -> Any:
-        if frame.f_code.co_filename != _ledger.__file__:
-            return None
-        if event == "call":
-            frame.f_trace_opcodes = True
-            frame.f_trace_lines = False
-            self._previous[frame] = "RESUME"
-        elif event == "opcode":
-            if self._previous.get(frame) in HANDLERS_RUN_AFTER:
-                self.countdown -= 1
-                if self.countdown == 0:
-                    raise Struck
-            self._previous[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
-        elif event == "return" and frame.f_back is not None:
-            # Back in straight code, unless C code called this: an object being made, a generator.
-            if frame.f_code.co_name[0] not in "_<" or frame.f_code.co_name in PLAIN:
-                self._previous[frame.f_back] = None
-            self._previous.pop(frame, None)
-        return self._trace
-
-
-HANDLERS_RUN_AFTER = {
-    "RESUME", "CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD",
-    "POP_JUMP_BACKWARD_IF_TRUE", "POP_JUMP_BACKWARD_IF_FALSE",
-    "POP_JUMP_BACKWARD_IF_NONE", "POP_JUMP_BACKWARD_IF_NOT_NONE",
-}  # fmt: skip
-PLAIN = {name for name in vars(Ledger) if name.startswith("_") and not name.startswith("__")}
-
-
 class StruckMachine(Machine):
     """Each event may be struck. Its owner then calls it again, as the ledger's docstring allows."""
 
@@ -474,7 +466,7 @@ class StruckMachine(Machine):
         self.countdown = countdown
 
     def struck(self, name: str, *args: Any) -> Any:
-        striker = Striker(self.countdown)
+        striker = Striker(self.countdown, _ledger)
         self.countdown = 0
         return striker.run(getattr(self.ledger, name), *args)
 
@@ -495,6 +487,16 @@ class StruckMachine(Machine):
             if not known[0]:
                 return False
         return True
+
+    def do_begin(self, call: Call) -> bool | None:
+        """Nobody begins it again: it has its place, or nobody has heard of it."""
+        try:
+            if self.struck("begin", call):
+                return True
+        except Struck:
+            self.ledger.mend()
+            return False if call.id in self.ledger.open else None
+        return False if self.do_place((call,)) else None
 
     def do_cancel(self, call: Call) -> bool | None:
         """Whoever was struck in `cancel` may never ask again: the call runs, or is settled."""
@@ -560,6 +562,14 @@ def explain(ledger: Ledger) -> None:
         ledger.explained(call)
 
 
+def reply_of_all(ledger: Ledger) -> None:
+    """Both ranks have answered the first call."""
+    bodies = [b"1 of 0", b"1 of 1"]
+    if not ledger.reply_all([0, 1], 1, OK, bodies):
+        for rank, body in enumerate(bodies):
+            ledger.reply(rank, 1, OK, body, 10.0)
+
+
 # What is struck, and whether its owner comes again with the same event: a frame that was not
 # consumed, a timer that is still due. A caller that was struck need not.
 EVENTS: dict[str, tuple[Any, bool]] = {
@@ -571,6 +581,7 @@ EVENTS: dict[str, tuple[Any, bool]] = {
     "next_to_send": (lambda ledger, calls: ledger.next_to_send(1), True),
     "sent": (lambda ledger, calls: ledger.sent(0, calls[2]), True),
     "reply": (lambda ledger, calls: ledger.reply(0, 1, OK, b"1 of 0", 10.0), True),
+    "reply of all": (lambda ledger, calls: reply_of_all(ledger), True),
     "failing reply": (lambda ledger, calls: ledger.reply(0, 1, FAILED, b"1 of 0", 10.0), True),
     "expire": (lambda ledger, calls: ledger.expire(60.0), True),
     "explained": (lambda ledger, calls: explain(ledger), True),
@@ -587,8 +598,8 @@ def test_struck_at_any_point_of_an_event_nobody_waits_for_ever(name):
         ledger, calls = scenario()
         if point == 1:
             # Python 3.13 traces the opcodes of a function from its second call on.
-            Striker(1 << 30).run(event, *scenario())
-        striker = Striker(point)
+            Striker(1 << 30, _ledger).run(event, *scenario())
+        striker = Striker(point, _ledger)
         try:
             striker.run(event, ledger, calls)
         except Struck:
