@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 from _pickle import loads as plain_loads
-from operator import itemgetter
 
 from rankwise._calls import Broken, Call, Cancelled, Closed, Error, Expired, Garbled, Lost, Stuck
 from rankwise._interrupts import is_interrupt
@@ -31,17 +30,10 @@ from rankwise.wire.lending import LENT
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any, Final
+    from typing import Any
 
     from rankwise._engine import Engine
     from rankwise._report import RankReport
-
-
-KIND: Final = itemgetter(0)
-BODY: Final = itemgetter(1)
-FIRST: Final = itemgetter(slice(1))  # byte of a body
-LENT_BYTE: Final = bytes((LENT,))
-ALL_OK: Final = {OK}
 
 
 def take(call: Call, engine: Engine) -> Any:
@@ -49,24 +41,20 @@ def take(call: Call, engine: Engine) -> Any:
     answers = call.answers
     if call.error is not None or call.reply_from is not None:
         return _take_some(call, engine)
-    kinds = set(map(KIND, list(answers.values())))  # a copy: late ones may still come in
-    if FAILED in kinds:
-        return _take_some(call, engine)
-    ranks = call.ranks
-    bodies = list(map(BODY, map(answers.__getitem__, ranks)))
-    if kinds != ALL_OK or LENT_BYTE in map(FIRST, bodies):
-        values = [_value(rank, answers[rank], call, engine) for rank in ranks]
-    else:
-        values = []
+    for kind, _ in list(answers.values()):  # late ones may still come in
+        if kind == FAILED:
+            return _take_some(call, engine)
+    arena = engine.arena
+    values: list[object] = []
+    for rank in call.ranks:
+        kind, body = answers[rank]
+        if kind != OK or (arena is not None and body[0] == LENT):
+            values.append(_value(rank, answers[rank], call, engine))
+            continue
         try:
-            values.extend(map(plain_loads, bodies))
+            values.append(plain_loads(body))
         except Exception as reason:
-            place = len(values)  # what came before it is there
-            if place == len(bodies):
-                raise  # it is about none of them
-            values.append(_not_rebuilt(ranks[place], reason, call, engine))
-            for rank, body in zip(ranks[place + 1 :], bodies[place + 1 :], strict=True):
-                values.append(_value(rank, (OK, body), call, engine))
+            values.append(_not_rebuilt(rank, reason, call, engine))
     return values if call.shape is None else values[0]
 
 

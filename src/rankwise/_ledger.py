@@ -20,8 +20,6 @@ from __future__ import annotations
 
 from collections import deque
 from heapq import heapify, heappop, heappush
-from itertools import repeat
-from operator import contains
 
 from rankwise._calls import Broken, Call, Cancelled, Closed, Error, Expired, Garbled, Lost, Stuck
 from rankwise._deadline import EXPLAIN_PAUSE
@@ -222,28 +220,6 @@ class Ledger:
                 self._end(call)
         inflight.pop(call_id, None)
         return False
-
-    def reply_all(self, ranks: list[int], call_id: int, kind: int, bodies: list[bytes]) -> bool:
-        """As `reply` for each of `ranks`, where all that follows is the call's end at most. False:
-        more may follow, or this very event has been struck before: let each `reply`.
-        """
-        call = self.open.get(call_id)
-        if call is None or call.done or call.error is not None:
-            return False
-        if call.reply_from is not None or kind == FAILED:
-            return False
-        inflight = self.inflight
-        owed = [inflight[rank] for rank in ranks]
-        if not all(map(contains, owed, repeat(call_id))):
-            return False
-        answers = call.answers
-        answers.update(zip(ranks, zip(repeat(kind), bodies), strict=False))
-        if len(answers) == len(call.ranks):
-            self._finish(call)
-            self._end(call)
-        for of_rank in owed:
-            of_rank.pop(call_id, None)
-        return True
 
     def _unasked(self, rank: int, call_id: int) -> bool:
         """An answer that `rank` does not owe: this very event, run again, or one to no call."""

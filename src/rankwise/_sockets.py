@@ -2,7 +2,6 @@
 
     Ledger.begin        > send      > Joint         ==frame==> workers       nearly every call
     Ledger.next_to_send > flush     > DriverChannel ==frame==> worker        all others
-    Ledger.reply_all    < pull      < Joint         <==frame== workers       answers that are alike
     Ledger.reply        < pull      < Joint         <==frame== workers       one whole, short answer
                         < _pull_odd < DriverChannel <==frame== worker        all else
 
@@ -15,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import select
 from fcntl import ioctl
-from itertools import compress
-from operator import attrgetter, gt
 from sys import byteorder
 from termios import FIONREAD, TIOCOUTQ
 
@@ -38,7 +35,7 @@ from rankwise._messages import (
 from rankwise._status import News
 from rankwise.wire.channel import DriverChannel
 from rankwise.wire.frames import HEADER_SIZE, SEQUENCE_MASK, BadFrame, unpack_header
-from rankwise.wire.joint import DUE, Joint
+from rankwise.wire.joint import Joint
 from rankwise.wire.lending import Lent
 
 TYPE_CHECKING = False
@@ -54,7 +51,6 @@ if TYPE_CHECKING:
     from rankwise.wire.arena import Arena
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
-RANK = attrgetter("rank")
 PLAIN = frozenset((OK, ACK))  # answers that say all by themselves
 _LENT = {OK_LENT: OK, FAILED_LENT: FAILED}
 
@@ -165,8 +161,12 @@ class Sockets:
         if said == self._heard:
             return []
         self._heard = said
-        channels = self.channels
-        return list(compress(channels, map(gt, self._news.counts, map(DUE, channels))))
+        words = self._news.words
+        return [
+            channel
+            for channel in self.channels
+            if words[channel.line] > channel.receive_sequence and not channel.eof
+        ]
 
     def pull(self, channels: list[DriverChannel]) -> bool:
         """Feed the ledger with what `channels` have received. False: there is nothing more now.
@@ -180,67 +180,44 @@ class Sockets:
         odd += joint.receive(channels)
         more = False
         if came:
+            plain = True
             with self._lock:
                 ledger.mend()
-                if len(came) > 1 and self._feed_alike():
-                    more = True
-                else:
-                    more = self._feed_plain()
-            if came:
+                reply, queues = ledger.reply, ledger.queues
+                place = -1
+                for entry in came:
+                    place += 1
+                    if entry is None:
+                        continue  # fed by a handler's own wait, which was struck
+                    channel, data = entry
+                    if len(data) >= HEADER_SIZE and not channel.chunks:
+                        magic, kind, _, sequence, call_id, length = unpack_header(data)
+                        if (
+                            length == len(data) - HEADER_SIZE
+                            and sequence == channel.receive_sequence & SEQUENCE_MASK
+                            and kind in PLAIN
+                            and magic == MAGIC
+                        ):
+                            rank = channel.rank
+                            queue = queues[rank]
+                            if queue:
+                                self.flush(rank)  # as in `_feed`
+                            if reply(rank, call_id, kind, data[HEADER_SIZE:], 0.0):  # no timers
+                                self._on_news()
+                            channel.receive_sequence += 1
+                            came[place] = None  # in one piece with the line above
+                            more = True
+                            if queue:
+                                self.flush(rank)
+                            continue
+                    plain = False
+                if plain:
+                    came.clear()
+            if not plain:
                 more = more or any(entry[1] for entry in came if entry is not None)
                 odd += joint.deal()
         if odd:
             more = self._pull_odd(odd) or more
-        return more
-
-    def _feed_alike(self) -> bool:
-        """Feed the ledger with all that came, at once; False: not so, and nothing was done."""
-        ledger = self._ledger
-        joint = self._joint
-        alike = None if any(ledger.queues) else joint.alike()
-        if alike is None:
-            return False
-        kind, call_id, channels, bodies = alike
-        if not ledger.reply_all(list(map(RANK, channels)), call_id, kind, bodies):
-            return False
-        joint.fed(channels)
-        return True
-
-    def _feed_plain(self) -> bool:
-        """Feed the ledger with what came and is one whole, plain answer each. Whether any is."""
-        came = self._joint.came
-        reply, queues = self._ledger.reply, self._ledger.queues
-        more = False
-        plain = True
-        place = -1
-        for entry in came:
-            place += 1
-            if entry is None:
-                continue  # fed by a handler's own wait, which was struck
-            channel, data = entry
-            if len(data) >= HEADER_SIZE and not channel.chunks:
-                magic, kind, _, sequence, call_id, length = unpack_header(data)
-                if (
-                    length == len(data) - HEADER_SIZE
-                    and sequence == channel.receive_sequence & SEQUENCE_MASK
-                    and kind in PLAIN
-                    and magic == MAGIC
-                ):
-                    rank = channel.rank
-                    queue = queues[rank]
-                    if queue:
-                        self.flush(rank)  # as in `_feed`
-                    if reply(rank, call_id, kind, data[HEADER_SIZE:], 0.0):  # no timer is set
-                        self._on_news()
-                    channel.receive_sequence += 1
-                    came[place] = None  # in one piece with the line above
-                    more = True
-                    if queue:
-                        self.flush(rank)
-                    continue
-            plain = False
-        if plain:
-            came.clear()
         return more
 
     def _pull_odd(self, odd: list[DriverChannel]) -> bool:

@@ -68,25 +68,22 @@ def _news_pages(world_size: int) -> int:
 class News:
     """The news page of a group: how many answers each rank has sent, in word `rank * LINE`.
 
-    `look()`: all of it, as bytes that compare as a whole. `counts`: these numbers alone, by rank.
-    Without a descriptor it is plain memory.
+    `look()`: all of it, as bytes that compare as a whole. Without a descriptor it is plain memory.
     """
 
-    __slots__ = ("_map", "counts", "look", "words")
+    __slots__ = ("_map", "look", "words")
 
     def __init__(self, world_size: int, fd: int | None = None) -> None:
         begin = 0 if fd is None else PAGE * world_size
         # From the file's beginning: kernels with larger pages map from few other places.
         self._map = mmap.mmap(-1 if fd is None else fd, begin + PAGE * _news_pages(world_size))
         self.words = memoryview(self._map)[begin:].cast("Q")
-        self.counts = self.words[: world_size * LINE : LINE]
         # One C call: a memcpy under the interpreter's lock.
         self.look: Callable[[], bytes] = partial(  # type: ignore[assignment]
             self._map.__getitem__, slice(begin, begin + 8 * LINE * world_size)
         )
 
     def close(self) -> None:
-        self.counts.release()
         self.words.release()
         self._map.close()
 

@@ -178,7 +178,6 @@ def test_an_answer_that_was_taken_off_the_socket_when_the_leader_was_struck_arri
     with WorkerGroup(Worker, ranks) as group:
         if path == "odd":
             monkeypatch.setattr(_sockets, "PLAIN", frozenset())
-            monkeypatch.setattr("rankwise.wire.joint.ALIKE", {})
         if path == "alone":
             monkeypatch.setattr(
                 Joint,

@@ -276,22 +276,8 @@ def test_struck_at_any_point_of_taking_answers_none_is_lost_or_taken_twice(kinds
     raise AssertionError("it does not end")
 
 
-def test_answers_that_are_alike_are_fed_at_once(three, monkeypatch):
-    sockets, ledger, far = three
-    monkeypatch.setattr(Ledger, "reply", None)  # one by one
-    for number in range(3):
-        call = Call("m", b"", (0, 1, 2))
-        assert ledger.begin(call)
-        sockets.send(call)
-        for sock in far:
-            sock.send(HEADER.pack(MAGIC, OK, 0, number, call.id, 2) + b"xy")
-        sockets.pull(sockets.channels)
-        assert call.done
-        assert call.answers == dict.fromkeys(range(3), (OK, b"xy"))
-
-
 @pytest.mark.parametrize(("sequence", "magic"), [(5, MAGIC), (0, MAGIC), (1, 0xBAD)])
-def test_frames_that_are_alike_and_wrong_break_the_group(three, sequence, magic):
+def test_frames_that_are_wrong_on_all_channels_break_the_group(three, sequence, magic):
     """One that is not due, one that has come before, one that is none."""
     sockets, ledger, far = three
     for number, head in enumerate(((MAGIC, OK, 0, 0), (magic, OK, 0, sequence))):

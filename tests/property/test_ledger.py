@@ -164,26 +164,6 @@ class Machine(RuleBasedStateMachine):
         if able:
             self.answer(data.draw(st.sampled_from(able)), fails)
 
-    @rule(data=st.data(), fails=st.integers(0, 4))
-    def reply_all(self, data: st.DataObject, fails: int) -> None:
-        """As of a leader who has received the answers of several ranks to the same call."""
-        able = [r for r in range(self.size) if self.owing(r) and r not in self.gone]
-        if not able:
-            return
-        call = self.owing(data.draw(st.sampled_from(able)))[0]
-        ranks = [rank for rank in able if self.owing(rank)[0] is call]
-        plain = fails > 0 and call.reply_from is None
-        bodies = [body_of(call, rank) for rank in ranks]
-        open_yet = not call.done and call.error is None and self.alive()
-        if self.event("reply_all", ranks, call.id, OK if plain else FAILED, bodies):
-            assert plain
-            for rank in ranks:
-                self.answered[rank] += 1
-        else:
-            assert self.interrupts or not (plain and open_yet)
-            for rank in ranks:
-                self.answer(rank, not fails)
-
     def answer(self, rank: int, fails: bool) -> None:
         call = self.owing(rank)[0]
         wanted = call.reply_from is None or call.reply_from == rank
@@ -562,14 +542,6 @@ def explain(ledger: Ledger) -> None:
         ledger.explained(call)
 
 
-def reply_of_all(ledger: Ledger) -> None:
-    """Both ranks have answered the first call."""
-    bodies = [b"1 of 0", b"1 of 1"]
-    if not ledger.reply_all([0, 1], 1, OK, bodies):
-        for rank, body in enumerate(bodies):
-            ledger.reply(rank, 1, OK, body, 10.0)
-
-
 # What is struck, and whether its owner comes again with the same event: a frame that was not
 # consumed, a timer that is still due. A caller that was struck need not.
 EVENTS: dict[str, tuple[Any, bool]] = {
@@ -581,7 +553,6 @@ EVENTS: dict[str, tuple[Any, bool]] = {
     "next_to_send": (lambda ledger, calls: ledger.next_to_send(1), True),
     "sent": (lambda ledger, calls: ledger.sent(0, calls[2]), True),
     "reply": (lambda ledger, calls: ledger.reply(0, 1, OK, b"1 of 0", 10.0), True),
-    "reply of all": (lambda ledger, calls: reply_of_all(ledger), True),
     "failing reply": (lambda ledger, calls: ledger.reply(0, 1, FAILED, b"1 of 0", 10.0), True),
     "expire": (lambda ledger, calls: ledger.expire(60.0), True),
     "explained": (lambda ledger, calls: explain(ledger), True),

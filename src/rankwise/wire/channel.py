@@ -16,7 +16,7 @@ from __future__ import annotations
 from _socket import MSG_NOSIGNAL
 
 from rankwise._messages import MAGIC
-from rankwise._status import BELL
+from rankwise._status import BELL, LINE
 from rankwise.wire.frames import (
     HEADER_SIZE,
     JOIN_SIZE,
@@ -44,7 +44,7 @@ class DriverChannel:
     """Sending belongs to who holds the group's lock, receiving to the leader."""
 
     __slots__ = (
-        "_first", "_going", "_received", "chunks", "eof", "fd", "last_sent", "rank",
+        "_first", "_going", "_received", "chunks", "eof", "fd", "last_sent", "line", "rank",
         "receive_sequence", "recv", "send", "send_sequence", "sock", "wants_out", "words",
     )  # fmt: skip
 
@@ -54,6 +54,7 @@ class DriverChannel:
         sock.setblocking(False)
         self.sock = sock
         self.rank = rank
+        self.line = rank * LINE  # its word of the news
         self.fd = sock.fileno()
         self.recv = sock.recv
         self.send = sock.send

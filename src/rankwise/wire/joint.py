@@ -15,21 +15,15 @@ from _socket import MSG_NOSIGNAL
 from _socket import socket as _socket
 from itertools import repeat
 from operator import attrgetter, itemgetter
-from struct import Struct
 
 from rankwise._interrupts import is_interrupt
-from rankwise._messages import ACK, MAGIC, OK, WANT_VALUE
+from rankwise._messages import MAGIC, WANT_VALUE
 from rankwise._status import BELL
-from rankwise.wire.frames import (
-    HEADER_SIZE,
-    RECEIVE_SIZE,
-    SEQUENCE_MASK,
-    pack_header,
-)
+from rankwise.wire.frames import RECEIVE_SIZE, SEQUENCE_MASK, pack_header
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Final
+    from typing import Final
 
     from rankwise._calls import Call
     from rankwise.wire.channel import DriverChannel
@@ -40,18 +34,6 @@ EACH_NO_SIGNAL: Final = repeat(MSG_NOSIGNAL)
 EACH_SIZE: Final = repeat(RECEIVE_SIZE)
 BYTES: Final = itemgetter(1)
 SOCK: Final = attrgetter("sock")
-SEQUENCE: Final = attrgetter("send_sequence")
-DUE: Final = attrgetter("receive_sequence")
-CHUNKS: Final = attrgetter("chunks")
-CHANNEL: Final = itemgetter(0)
-# The parts of a frame (`HEADER`): what it is and for which call, its sequence, length and body.
-HEAD: Final = itemgetter(slice(4), slice(8, 16))
-sequence_of = Struct("<4xI").unpack_from
-LENGTH: Final = itemgetter(slice(16, HEADER_SIZE))
-BODY: Final = itemgetter(slice(HEADER_SIZE, None))
-pack_length = Struct("<Q").pack
-# Answers that say all by themselves, by the first bytes of their frames.
-ALIKE: Final = {Struct("<HBB").pack(MAGIC, kind, 0): kind for kind in (OK, ACK)}
 FIRST: Final = (0,)
 
 
@@ -79,11 +61,18 @@ class Joint:
         """
         if self.going is not None:
             self.settle()
-        sequences = list(map(SEQUENCE, channels))
-        if call.reply_from is None and sequences.count(sequences[0]) == len(sequences):
-            frames = [_frame(call, WANT_VALUE, sequences[0], body)] * len(sequences)
-        else:
-            frames = _frames(call, channels, body)
+        kind, number, size, wanted = call.kind, call.id, len(body), call.reply_from
+        frames = []
+        frame = b""
+        before = -1
+        for channel in channels:
+            sequence = channel.send_sequence
+            flags = WANT_VALUE if wanted is None or wanted == channel.rank else 0
+            if sequence << 8 | flags != before:
+                before = sequence << 8 | flags
+                head = pack_header(MAGIC, kind, flags, sequence & SEQUENCE_MASK, number, size)
+                frame = head + body
+            frames.append(frame)
         sent: list[int] = []
         self.going = (call, channels, frames, sent)
         try:
@@ -140,41 +129,6 @@ class Joint:
                 channels = left
         return odd
 
-    def alike(self) -> tuple[int, int, list[DriverChannel], list[bytes]] | None:
-        """(kind, call id, channels, bodies) of all that came, where each of it is the whole next
-        frame of its channel, and all are of one kind that needs no look and for one call. None: it
-        is not so.
-
-        With the group's lock held: no handler's own wait is in the middle of `came` then.
-        """
-        came: list[Any] = self.came
-        if None in came:
-            return None
-        frames = list(map(BYTES, came))
-        heads = set(map(HEAD, frames))
-        what, call_id = heads.pop()
-        if heads or len(call_id) < 8:
-            return None
-        channels = list(map(CHANNEL, came))
-        due = map(SEQUENCE_MASK.__and__, map(DUE, channels))
-        bodies = list(map(BODY, frames))
-        if (
-            what not in ALIKE
-            or list(map(sequence_of, frames)) != list(zip(due))
-            or list(map(LENGTH, frames)) != list(map(pack_length, map(len, bodies)))
-            or any(map(CHUNKS, channels))
-        ):
-            return None
-        return ALIKE[what], int.from_bytes(call_id, "little"), channels, bodies
-
-    def fed(self, channels: list[DriverChannel]) -> None:
-        """What came, a frame for each of `channels`, was dealt with."""
-        came = self.came
-        for place, channel in enumerate(channels):
-            channel.receive_sequence += 1
-            came[place] = None  # in one piece with the line above
-        came.clear()
-
     def deal(self) -> list[DriverChannel]:
         """Give each channel what came for it and was not fed. Returns those that got something.
 
@@ -200,22 +154,3 @@ class Joint:
                 else:
                     channel.eof = True
                     del came[0]
-
-
-def _frame(call: Call, flags: int, sequence: int, body: bytes) -> bytes:
-    head = pack_header(MAGIC, call.kind, flags, sequence & SEQUENCE_MASK, call.id, len(body))
-    return head + body
-
-
-def _frames(call: Call, channels: list[DriverChannel], body: bytes) -> list[bytes]:
-    """One for each of `channels`; many of them are the same."""
-    wanted = call.reply_from
-    known: dict[tuple[int, int], bytes] = {}
-    frames = []
-    for channel in channels:
-        flags = WANT_VALUE if wanted is None or wanted == channel.rank else 0
-        key = flags, channel.send_sequence
-        if key not in known:
-            known[key] = _frame(call, *key, body)
-        frames.append(known[key])
-    return frames
