@@ -1,6 +1,6 @@
 """Ends: of one rank, with its report; and of everything, so that nothing is left.
 
-    SIGCHLD > Reaper.reap > its process group and orphans killed > wait4 > report
+    SIGCHLD > Reaper.reap > its process group killed > wait4 > report > its orphans killed
     Finish, or the driver's end > Reaper.end > every group killed > every descendant killed
                                      ^            > reap until there is no child: subreaper
                                      `--------------------------------'
@@ -77,7 +77,8 @@ class Reaper:
         self._last_words = last_words
         self._ended = ended
         self._own: frozenset[int] = frozenset()
-        self._oom_kills = _procfs.oom_kill_count()
+        self._oom = _procfs.OomKills()
+        self._oom_kills = self._oom.count()
         self._oom_at_kill = False
 
     def spare_children(self) -> None:
@@ -102,7 +103,6 @@ class Reaper:
             os.waitpid(pid, 0)
             return True
         _kill_group(pid)
-        self._kill_orphans()
         self._last_words(child)
         _, status, usage = os.wait4(pid, 0)
         exitcode = os.waitstatus_to_exitcode(status)
@@ -116,6 +116,7 @@ class Reaper:
             stack=_crash_report(child),
         )
         self._ended(child, report)
+        self._kill_orphans()  # somebody waits for the report
         return True
 
     def signal(self, ranks: tuple[int, ...], number: int) -> None:
@@ -184,7 +185,7 @@ class Reaper:
         return killed
 
     def _oom_has_killed(self) -> bool | None:
-        now = _procfs.oom_kill_count()
+        now = self._oom.count()
         return None if now is None or self._oom_kills is None else now > self._oom_kills
 
 

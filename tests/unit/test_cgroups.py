@@ -12,9 +12,9 @@ import pytest
 
 from rankwise._environment import cpu_budget
 from rankwise._procfs import (
+    OomKills,
     cgroup_directories,
     mem_available,
-    oom_kill_count,
     read_integers,
     read_values,
 )
@@ -299,7 +299,21 @@ EVENTS = "low 0\nhigh 0\nmax 9\noom 4\noom_kill 2\noom_group_kill 1\n"
     ],
 )
 def test_oom_kill_count(tmp_path: Path, files: dict[str, str], expected: int | None) -> None:
-    assert oom_kill_count(tree(tmp_path, files)) == expected
+    assert OomKills(tree(tmp_path, files)).count() == expected
+
+
+def test_oom_kills_are_counted_where_the_process_is_now(tmp_path: Path) -> None:
+    files = {f"sys/fs/cgroup/{name}/memory.events": EVENTS for name in ("a/b", "c")}
+    root = Path(tree(tmp_path, {**BASE_V2, **files}))
+    kills = OomKills(str(root))
+    assert kills.count() == kills.count() == 2
+    here = root / "sys/fs/cgroup/a/b/memory.events"
+    here.write_text("oom_kill 5\n")
+    assert kills.count() == 5
+    (root / "proc/self/cgroup").write_text("0::/c\n")
+    assert kills.count() == 2
+    (root / "sys/fs/cgroup/c/memory.events").unlink()
+    assert kills.count() is None
 
 
 def test_cgroup_directories_go_from_the_own_group_to_the_mount_point(tmp_path: Path) -> None:

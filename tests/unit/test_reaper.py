@@ -13,14 +13,11 @@ from rankwise._reaper import Reaper
 from rankwise._spawn import Child
 
 
-class OomKills:
-    """A cgroup's oom_kill count, as the reaper reads it."""
+class Kernel:
+    """A cgroup's oom_kill count."""
 
     def __init__(self, count: int | None) -> None:
         self.count = count
-
-    def __call__(self) -> int | None:
-        return self.count
 
 
 def killed(reaper: Reaper, rank: int, *, by_us: bool) -> Exited:
@@ -49,9 +46,9 @@ def killed(reaper: Reaper, rank: int, *, by_us: bool) -> Exited:
 
 
 @pytest.fixture
-def oom(monkeypatch: pytest.MonkeyPatch) -> OomKills:
-    oom = OomKills(5)
-    monkeypatch.setattr(_procfs, "oom_kill_count", oom)
+def oom(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    oom = Kernel(5)
+    monkeypatch.setattr(_procfs.OomKills, "count", lambda self: oom.count)
     return oom
 
 
@@ -59,7 +56,7 @@ def make_reaper() -> Reaper:
     return Reaper(lambda child: None, lambda child, report: None)
 
 
-def test_each_of_the_kernels_kills_explains_one_death(oom: OomKills) -> None:
+def test_each_of_the_kernels_kills_explains_one_death(oom: Kernel) -> None:
     reaper = make_reaper()
     assert killed(reaper, 0, by_us=False).oom_killed is False
     oom.count = 7
@@ -68,14 +65,14 @@ def test_each_of_the_kernels_kills_explains_one_death(oom: OomKills) -> None:
     assert killed(reaper, 3, by_us=False).oom_killed is False
 
 
-def test_a_kill_of_our_own_is_not_the_kernels(oom: OomKills) -> None:
+def test_a_kill_of_our_own_is_not_the_kernels(oom: Kernel) -> None:
     reaper = make_reaper()
     assert killed(reaper, 0, by_us=True).oom_killed is False
     oom.count = 6
     assert killed(reaper, 1, by_us=True).oom_killed is None  # one of the two was first
 
 
-def test_where_no_cgroup_tells_nothing_is_claimed(oom: OomKills) -> None:
+def test_where_no_cgroup_tells_nothing_is_claimed(oom: Kernel) -> None:
     oom.count = None
     reaper = make_reaper()
     assert killed(reaper, 0, by_us=False).oom_killed is None
