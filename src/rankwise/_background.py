@@ -77,6 +77,11 @@ class Background:
             self._ended = True
             self._bell.ring()
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a thread: not while a signal handler has interrupted `start`."""
+        return self._thread.ident is not None
+
     def is_current(self) -> bool:
         """Whether this very thread is it."""
         return threading.get_ident() == self._thread.ident

@@ -27,7 +27,7 @@ class Callbacks:
     def __init__(self, name: str) -> None:
         self._name = f"rankwise-{name}-callbacks"
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the group in the midst of it
         self._thread: Background | None = None
         self._closed = False
 
@@ -83,5 +83,5 @@ class Callbacks:
             self._closed = True
             thread = self._thread
         self._jobs.put(None)
-        if thread is not None and not thread.failed:
+        if thread is not None and thread.begun:
             thread.join(deadline(timeout))

@@ -57,7 +57,7 @@ class Seat:
         self.engine = engine
         self._fresh: Engine | None = None
         self._policy = Policy(spec.restart)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may close the group in the midst of it
         self._thread: Background | None = None
         self._teller: Background | None = None  # was `_thread`, and is in `on_failure` now
         self._closing = False
@@ -312,7 +312,8 @@ class Seat:
         finally:
             until = deadline(USERS_PATIENCE)
             for thread in threads:
-                thread.join(until)
+                if thread.begun:  # else by whom this handler has interrupted; it finds us closing
+                    thread.join(until)
             if threads:
                 how(self.engine)  # the new one, where it was seated a moment before
         engine.outlook = None

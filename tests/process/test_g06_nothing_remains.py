@@ -17,6 +17,7 @@ from g06_nothing_remains_ranks import Worker, fails
 from striking import Striker
 
 from rankwise import GroupBroken, GroupClosed, StartupError, WorkerDied, WorkerGroup
+from rankwise._background import Background
 from rankwise._shielded import Shielded
 from rankwise.backends import link
 
@@ -320,6 +321,39 @@ def test_a_launcher_is_told_to_finish_wherever_that_is_struck(state):
             assert point > 10
             return
     raise AssertionError("the end does not end")
+
+
+@pytest.mark.parametrize("moment", ["callbacks", "restart", "logs"])
+def test_a_handler_may_close_the_group_while_its_own_thread_holds_a_lock(
+    state, monkeypatch, moment
+):
+    """As a SIGTERM handler does, wherever it comes: never a wait for who cannot go on."""
+    group = WorkerGroup(Worker, 1)
+    future = group.submit("echo", 1)
+    future.result(5)
+    strikes = [1]
+    owner, name = (os, "eventfd_write") if moment == "logs" else (Background, "start")
+    real = getattr(owner, name)
+
+    def struck(first, *args):
+        value = real(first, *args) if moment == "logs" else None
+        if strikes and (moment != "logs" or first == group._engine.link.printer._wake):
+            strikes.pop()
+            group.close()
+        return value if moment == "logs" else real(first, *args)
+
+    monkeypatch.setattr(owner, name, struck)
+    do = {
+        "callbacks": lambda: group.submit("echo", 2).add_done_callback(lambda future: None),
+        "restart": group.restart,
+        "logs": group.close,
+    }[moment]
+    began = time.monotonic()
+    with contextlib.suppress(GroupClosed):
+        in_thread(do).value(10)
+    assert strikes == []
+    group.close()
+    assert time.monotonic() - began < 4
 
 
 def test_an_end_needs_no_lock_that_a_strike_can_leave_taken(state):

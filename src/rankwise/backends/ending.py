@@ -260,8 +260,11 @@ class Ending:
     def _end_rest(self) -> None:
         """Close what is left, descriptors all: nothing waits here."""
         self.closed = True
-        _lifetime.disown(self._engine)
-        self._stack.close()
+        try:
+            self._stack.close()
+        finally:
+            # Last: a handler may fork meanwhile, and the child has the rest of its copies to close.
+            _lifetime.disown(self._engine)
 
     def become_inert(self) -> None:
         """This is a forked child's copy: close its descriptors."""

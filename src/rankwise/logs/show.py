@@ -47,7 +47,8 @@ class Printer:
     def __init__(self, name: str, shown: Callable[[int], None]) -> None:
         self._shown = shown
         self._queue: SimpleQueue[tuple[int, bytes] | None] = SimpleQueue()
-        self._order = threading.Lock()  # of what is put, and the mark behind it
+        # Of what is put, and the mark behind it; a handler may close the group in the midst of it.
+        self._order = threading.RLock()
         self._change = Bell()  # something was written
         self._put = 0
         self._done = 0
