@@ -21,8 +21,6 @@ from queues import Queues
 
 from rankwise import WorkerGroup
 
-OURS = ("call", "submit().result()", "await")
-
 
 class Echo:
     def echo(self, value: object) -> object:
@@ -67,10 +65,14 @@ def subjects(ranks: int) -> Iterator[dict[str, Timing]]:
     """All but the floor, running; each sleeps while another is measured."""
     with ExitStack() as stack:
         group = stack.enter_context(WorkerGroup(Echo, ranks, name="bench"))
+        forked = stack.enter_context(
+            WorkerGroup(Echo, ranks, name="forked", start_method="forkserver")
+        )
         queues = Queues(ranks)
         stack.callback(queues.close)
         found = {
             "call": timed(lambda n: group.call(Echo.echo, n)),
+            "call, forked ranks": timed(lambda n: forked.call(Echo.echo, n)),
             "submit().result()": timed(lambda n: group.submit(Echo.echo, n).result()),
             "await": awaited(group),
             "queue design": timed(queues.call),

@@ -11,8 +11,11 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 # Okabe and Ito's palette, which is told apart with any kind of colour vision.
-COLORS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#999999")
-MARKERS = "so^vDPX*"
+COLORS = (
+    "#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#999999",
+    "#F0E442",
+)  # fmt: skip
+MARKERS = "so^vDPX*h"
 
 
 def plot_calls(results: dict[int, dict[str, list[float]]], machine: str, folder: Path) -> None:
@@ -20,7 +23,7 @@ def plot_calls(results: dict[int, dict[str, list[float]]], machine: str, folder:
     sizes = list(results)
     for index, name in enumerate(next(iter(results.values()))):
         us = [statistics.median(found[name]) * 1e6 for found in results.values()]
-        axes.plot(sizes, us, color=COLORS[index % 8], marker=MARKERS[index % 8], label=name)
+        axes.plot(sizes, us, color=COLORS[index], marker=MARKERS[index], label=name)
     axes.set(
         xscale="log", yscale="log", xlabel="ranks", ylabel="microseconds a call (median)",
         title=f"One call to all ranks, and all answers\n{machine}",
