@@ -5,10 +5,11 @@
     make > begin and send ==> (the other ends answer, untimed) > look > receive and feed > value
     at once: all ranks have answered when the driver looks; by turns: one after the other
 
-One thread plays both ends, so nothing is polled, no core is shared and every cache is warm: what is
-left is what the driver's own code takes, system calls included (`send`, `recv`: the same without
-it). Each number is the best tenth of its calls. This is the instrument for a change of the call
-path: fewer bytecodes are not less time, where C calls take their place.
+One thread plays both ends, so nothing is polled, no core is shared and every cache is warm. What is
+left is the ledger's, the sockets' and the pickles' part, system calls included (`send, bare` and
+`recv, bare` are those alone). The pump's part (submit, lead, wait) is not in it. Each number is the
+10th percentile of its calls. It is the instrument for a change there: fewer bytecodes are not less
+time, where C calls take their place.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from time import perf_counter
 from types import SimpleNamespace
 from typing import Any
 
+from calls import Echo
+
 from rankwise._answers import take
 from rankwise._calls import Call
 from rankwise._ledger import Ledger
@@ -29,11 +32,6 @@ from rankwise._methods import resolve_method
 from rankwise._sockets import Sockets
 from rankwise._status import LINE, News
 from rankwise.wire.codec import encode_call, encode_result
-
-
-class Echo:
-    def echo(self, value: object) -> object:
-        return value
 
 
 class Steps:

@@ -1,6 +1,6 @@
 """Exceptions at every place where CPython could run a signal handler.
 
-    Striker(n, module, ...).run(function, ...)   > Struck at the n-th such place of the modules
+    Striker(n, module, ...).run(function, ...)   > its error at the n-th such place of the modules
 
 CPython runs handlers when a Python function begins, after a call of something that is not a plain
 Python function, and at a backward jump.
@@ -19,7 +19,7 @@ class Struck(BaseException):
 
 
 class Striker:
-    """Raises `Struck` at the n-th place of the code of `modules` at which a handler could run.
+    """Raises `error` at the n-th place of the code of `modules` at which a handler could run.
 
     countdown: how many such places are still to be passed; above 0 after a run, none was struck.
     """
@@ -56,6 +56,7 @@ class Striker:
             self._previous[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
         elif event == "return" and frame.f_back is not None:
             # Back in straight code, unless C code called this: an object being made, a generator.
+            # (Our own _methods are called from Python.)
             if not frame.f_code.co_name.startswith(("__", "<")):
                 self._previous[frame.f_back] = None
             self._previous.pop(frame, None)

@@ -11,12 +11,15 @@ from __future__ import annotations
 import threading
 import time
 
-from rankwise._deadline import left
+from rankwise._deadline import clock, left
 from rankwise._interrupts import is_interrupt
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+LAST_STEPS = 0.5  # seconds for which a thread that has done its work may still be listed
 
 
 class Bell:
@@ -78,8 +81,9 @@ class Background:
             self._bell.ring()
 
     @property
-    def begun(self) -> bool:
-        """Whether there is a thread: not while a signal handler has interrupted `start`."""
+    def started(self) -> bool:
+        """Whether it is known to run. Not yet, where a handler has interrupted `start` before the
+        thread ran: to join it there may be to wait for oneself."""
         return self._thread.ident is not None
 
     def is_current(self) -> bool:
@@ -90,7 +94,10 @@ class Background:
         """Wait until it has ended, or the clock reads `until`; not at all in the thread itself."""
         if self.is_current() or not self._bell.wait_for(lambda: self._ended, until):
             return
-        # It is a few instructions from its end, which nothing but `Thread.join` rings for; and one
-        # that is struck takes it for ended before that.
-        while self._thread in threading.enumerate():
+        # It is a few instructions from its end, for which nothing else rings. Not Thread.join: see
+        # above. Not threading.enumerate: whom a handler interrupts in it holds the lock that the
+        # thread needs to end, and the handler may be the next to wait here. So it is bounded.
+        soon = clock() + LAST_STEPS
+        listed: dict[int | None, object] = threading._active  # type: ignore[attr-defined]
+        while listed.get(self._thread.ident) is self._thread and clock() < soon:
             time.sleep(1e-5)

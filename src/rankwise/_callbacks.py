@@ -83,5 +83,5 @@ class Callbacks:
             self._closed = True
             thread = self._thread
         self._jobs.put(None)
-        if thread is not None and thread.begun:
+        if thread is not None and thread.started:
             thread.join(deadline(timeout))

@@ -45,11 +45,11 @@ if TYPE_CHECKING:
             """Why this process may not use it (a forked child's copy), or None."""
             ...
 
-        def run(self, call: Call, /) -> Error | None:
+        def run(self, call: Call) -> Error | None:
             """Submit `call` and wait until it is settled. Returns why it was refused, or None."""
             ...
 
-        def submit(self, calls: tuple[Call, ...], /) -> Error | None:
+        def submit(self, calls: tuple[Call, ...]) -> Error | None:
             """Give `calls` their place in the order. Never blocks. Returns as `run` does."""
             ...
 

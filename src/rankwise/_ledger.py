@@ -111,7 +111,7 @@ class Ledger:
         ):  # fmt: skip
             return False
         inflight = self.inflight
-        if self.open:  # else all that is under way or queued has ended: it was struck, or dropped
+        if self.open:  # else queues hold only dropped calls, and inflight what a struck reply left
             queues = self.queues
             for rank in call.ranks:
                 if queues[rank] or len(inflight[rank]) >= WINDOW_CALLS:

@@ -122,8 +122,8 @@ class OomKills:
     """How many processes of the calling process's cgroup the kernel has killed for lack of memory.
 
     A rise between two looks is what tells. Where the own group has no such count, the nearest
-    parent that has one answers for all that is below it. Where that stands takes half a millisecond
-    to find, and is looked for again only where the process has come into another group.
+    parent that has one answers for all that is below it. To find the file takes half a millisecond:
+    it is kept until the process is in another group or the file cannot be read.
     """
 
     def __init__(self, root: str = "/") -> None:
@@ -137,9 +137,9 @@ class OomKills:
         count = None
         if group == self._group and self._file is not None:
             count = read_values(self._file).get("oom_kill")
-        return self._search(group) if count is None else count
+        return self._find_and_count(group) if count is None else count
 
-    def _search(self, group: str | None) -> int | None:
+    def _find_and_count(self, group: str | None) -> int | None:
         for directory in cgroup_directories("memory", self._root):
             for name in ("memory.events", "memory.oom_control"):  # version 2, version 1
                 count = read_values(f"{directory}/{name}").get("oom_kill")

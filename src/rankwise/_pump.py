@@ -28,6 +28,7 @@ import os
 import select
 import threading
 import time
+from contextlib import suppress
 
 from rankwise._calls import Call
 from rankwise._deadline import clock
@@ -77,15 +78,15 @@ class Pump:
         self.traffic = False  # something was submitted since the keeper's last look
         self._ready = self.sockets.ready
         rouse, kick = Wake(), Wake()
-        self._rouse: Callable[[], None] = rouse
-        self.kick: Callable[[], None] = kick
         self._leader_wake, self.keeper_wake = rouse.fd, kick.fd
         self._ready.register(self._leader_wake, IN)
+        self._rouse: Callable[[], None] = rouse
+        self.kick: Callable[[], None] = kick
         self.outer = select.epoll()  # the keeper sleeps in this one
-        self.outer.register(self._ready.fileno(), 0)
+        self.ready_fd = self._ready.fileno()
+        self.outer.register(self.ready_fd, 0)
         self.outer.register(self.keeper_wake, IN)
-        self.ready_fd = fd = self._ready.fileno()
-        self.lead = Lead(lambda armed: self.outer.modify(fd, IN if armed else 0), self._unled)
+        self.lead = Lead(self._arm_keeper, self._unled)
         self._broken_noted = False
 
     # -- submitting ---------------------------------------------------------------------------
@@ -102,8 +103,8 @@ class Pump:
                 refusal = ledger.refusal()
                 if refusal is not None:
                     return refusal
-                began = len(calls) == 1 and ledger.begin(calls[0])
-                if began:
+                at_once = len(calls) == 1 and ledger.begin(calls[0])
+                if at_once:
                     self.sockets.send(calls[0])
                 else:
                     ledger.place(calls)
@@ -120,16 +121,15 @@ class Pump:
                 if self.wake_at == NEVER:
                     self.wake_at = 0.0
                     self.kick()
-                elif not began:
-                    self._note_news()  # what is begun at once has no timers
+                elif not at_once:
+                    self._note_news()  # what is sent at once has no deadline and no slow limit
         except BaseException:
             self.kick()
             raise
         return None
 
     def check_entry(self) -> None:
-        """Raise RuntimeError where nothing can be done: in a forked child, or in a handler that
-        interrupted this very group."""
+        """Raise RuntimeError in a forked child, and in a handler that struck a step of ours."""
         if self.inert is not None:
             raise RuntimeError(self.inert)
         if self.lock._is_owned():  # type: ignore[attr-defined]
@@ -192,8 +192,7 @@ class Pump:
                 self._rouse()  # it may be about to sleep over a call that has been settled
 
     def _closed_under(self, call: Call, error: BaseException) -> bool:
-        """Whether `error` says no more than that a handler of ours has closed the group, and with
-        it `call`, under who waited. In a forked child it says that instead."""
+        """Whether `error` is only that a handler of ours has closed the group, and so `call`."""
         if type(error) not in (OSError, ValueError):
             return False
         if self.inert is not None:  # a handler has forked, and this is the child
@@ -206,6 +205,9 @@ class Pump:
             if not call.done and not call.led:
                 return True
         return self.sockets.blocked > 0
+
+    def _arm_keeper(self, armed: bool) -> None:
+        self.outer.modify(self.ready_fd, IN if armed else 0)
 
     def see_to_rest(self) -> None:
         """The lead has ended. What nobody is woken for is the keeper's: deaths that it left to a
@@ -298,10 +300,8 @@ class Pump:
         for fd, event in events:
             channel = sockets.by_fd.get(fd)
             if channel is None:
-                try:
+                with suppress(BlockingIOError):
                     os.eventfd_read(self._leader_wake)
-                except BlockingIOError:
-                    pass
                 continue
             if event & OUT:
                 with self.lock:

@@ -77,8 +77,8 @@ class Reaper:
         self._last_words = last_words
         self._ended = ended
         self._own: frozenset[int] = frozenset()
-        self._oom = _procfs.OomKills()
-        self._oom_kills = self._oom.count()
+        self._oom_kills = _procfs.OomKills()
+        self._oom_explained = self._oom_kills.count()
         self._oom_at_kill = False
 
     def spare_children(self) -> None:
@@ -116,7 +116,7 @@ class Reaper:
             stack=_crash_report(child),
         )
         self._ended(child, report)
-        self._kill_orphans()  # somebody waits for the report
+        self._kill_orphans()  # after the report: callers wait for that, and nobody for these
         return True
 
     def signal(self, ranks: tuple[int, ...], number: int) -> None:
@@ -180,13 +180,13 @@ class Reaper:
             # By us; unless the kernel was killing somebody just then, which may have been this one.
             return None if self._oom_at_kill else False
         killed = self._oom_has_killed()
-        if killed and self._oom_kills is not None:
-            self._oom_kills += 1  # each of the kernel's kills explains one death
+        if killed and self._oom_explained is not None:
+            self._oom_explained += 1  # each of the kernel's kills explains one death
         return killed
 
     def _oom_has_killed(self) -> bool | None:
-        now = self._oom.count()
-        return None if now is None or self._oom_kills is None else now > self._oom_kills
+        now, explained = self._oom_kills.count(), self._oom_explained
+        return None if now is None or explained is None else now > explained
 
 
 def _rank_of(pid: int) -> str | None:

@@ -312,7 +312,9 @@ class Seat:
         finally:
             until = deadline(USERS_PATIENCE)
             for thread in threads:
-                if thread.begun:  # else by whom this handler has interrupted; it finds us closing
+                # Else a handler of ours has interrupted its start: to wait for it would be to wait
+                # for ourselves, and it finds us closing.
+                if thread.started:
                     thread.join(until)
             if threads:
                 how(self.engine)  # the new one, where it was seated a moment before

@@ -202,7 +202,8 @@ class Sockets:
                             queue = queues[rank]
                             if queue:
                                 self.flush(rank)  # as in `_feed`
-                            if reply(rank, call_id, kind, data[HEADER_SIZE:], 0.0):  # no timers
+                            # The time is for failures: OK and ACK set no timers.
+                            if reply(rank, call_id, kind, data[HEADER_SIZE:], 0.0):
                                 self._on_news()
                             channel.receive_sequence += 1
                             came[place] = None  # in one piece with the line above

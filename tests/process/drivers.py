@@ -44,7 +44,7 @@ PRELUDE = """
 import ctypes, faulthandler, json, os, signal, sys, threading, time, warnings
 from rankwise import *
 
-faulthandler.register(signal.SIGUSR1)  # asked where it is by a test that has waited long enough
+faulthandler.register(signal.SIGUSR1)  # for a test that has waited long enough
 
 # From 3.12 on Python itself warns of any fork beside a thread.
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -103,7 +103,7 @@ class Script:
         deadline = time.monotonic() + seconds
         while b"\n" not in self._rest:
             if not readable(fd, max(0.0, deadline - time.monotonic())):
-                self.ask()
+                self.dump_stacks()
                 raise AssertionError(f"the script said nothing for {seconds} s\n{self.errors()}")
             data = os.read(fd, 65536)
             if not data:
@@ -127,14 +127,16 @@ class Script:
         try:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self.ask()
+            self.dump_stacks()
             raise AssertionError(f"the script goes on after {seconds} s\n{self.errors()}") from None
 
-    def ask(self) -> None:
-        """Have it write its threads' stacks to its standard error, twice: does it move?"""
+    def dump_stacks(self) -> None:
+        """Have it write its threads' stacks to its standard error, twice: does it move? One that
+        has not come to the end of its prelude ends instead."""
         for _ in range(2):
             self.kill(signal.SIGUSR1)
-            time.sleep(0.2)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(0.2)
 
     def output(self) -> str:
         """All that it has printed and `line` has not taken. Waits for the end of the pipe."""

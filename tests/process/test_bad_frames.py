@@ -126,7 +126,7 @@ def launchers_end(group):
 
     libc = ctypes.CDLL(None, use_errno=True)
     link = group._engine.link
-    pid = link._held.process.pid
+    pid = link.held.process.pid
     for fd in map(int, os.listdir(f"/proc/{pid}/fd")):
         if not os.readlink(f"/proc/{pid}/fd/{fd}").startswith("socket"):
             continue
@@ -143,7 +143,7 @@ def test_garbage_from_the_launcher_breaks_the_group_and_says_so(group):
         sock.sendall(b"\xff" * 64)
         with pytest.raises(GroupBroken, match="bad frame on the control channel: length") as caught:
             in_thread(future.result).value(5)
-    assert f"its launcher (pid {group._engine.link._held.process.pid})" in str(caught.value)
+    assert f"its launcher (pid {group._engine.link.held.process.pid})" in str(caught.value)
 
 
 def test_a_message_of_the_launchers_that_is_none_breaks_the_group_and_says_so(group):

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -16,10 +17,10 @@ from drivers import Script, Watch, in_thread, until
 from g06_nothing_remains_ranks import Worker, fails
 from striking import Striker
 
-from rankwise import GroupBroken, GroupClosed, StartupError, WorkerDied, WorkerGroup
+from rankwise import GroupBroken, GroupClosed, StartupError, WorkerDied, WorkerGroup, _seat
 from rankwise._background import Background
 from rankwise._shielded import Shielded
-from rankwise.backends import link
+from rankwise.backends import ending, link
 
 
 def descriptors():
@@ -307,8 +308,9 @@ def test_an_end_that_is_struck_between_any_two_steps_leaves_nothing(seed):
         assert said["struck"] > 3
 
 
-def test_a_launcher_is_told_to_finish_wherever_that_is_struck(state):
-    """Else it is waited for, and killed; under one strike after the other, waited for for ever."""
+def test_a_launcher_is_told_to_finish_wherever_that_is_struck(state, monkeypatch):
+    """One whose Finish is lost is killed after PATIENCE."""
+    monkeypatch.setattr(link, "PATIENCE", 20.0)  # a busy machine's launcher may be late
     for point in range(1, 1000):
         group = WorkerGroup(Worker, 1, start_method="forkserver")
         engine = group._engine
@@ -316,51 +318,108 @@ def test_a_launcher_is_told_to_finish_wherever_that_is_struck(state):
         with contextlib.suppress(KeyboardInterrupt):
             striker.run(group.kill)
         group.close()
-        assert engine.link._held.exitcode() == 0, f"struck at {point} it was killed"
+        assert engine.link.held.exitcode() == 0, f"struck at {point} it was killed"
         if striker.countdown > 0:
-            assert point > 10
+            # Python 3.13 leaves out opcodes of functions that it has not traced before.
+            assert point > 10 or sys.version_info >= (3, 13), "it was never struck"
             return
     raise AssertionError("the end does not end")
 
 
-@pytest.mark.parametrize("moment", ["callbacks", "restart", "logs"])
-def test_a_handler_may_close_the_group_while_its_own_thread_holds_a_lock(
-    state, monkeypatch, moment
-):
-    """As a SIGTERM handler does, wherever it comes: never a wait for who cannot go on."""
-    group = WorkerGroup(Worker, 1)
-    future = group.submit("echo", 1)
-    future.result(5)
-    strikes = [1]
-    owner, name = (os, "eventfd_write") if moment == "logs" else (Background, "start")
-    real = getattr(owner, name)
+@pytest.fixture
+def users_patience(monkeypatch):
+    """An end that waits for what cannot come waits for long: the test's own limit is shorter."""
+    for module in (_seat, ending):
+        monkeypatch.setattr(module, "USERS_PATIENCE", 60.0)
 
-    def struck(first, *args):
-        value = real(first, *args) if moment == "logs" else None
-        if strikes and (moment != "logs" or first == group._engine.link.printer._wake):
+
+@pytest.mark.parametrize("moment", ["callbacks", "restart"])
+def test_a_handler_may_close_the_group_whose_thread_it_has_interrupted_in_a_start(
+    state, monkeypatch, users_patience, moment
+):
+    """As a SIGTERM handler does, wherever it comes. The lock is held, the thread does not run."""
+    group = WorkerGroup(Worker, 1)
+    group.call("echo", 1)
+    start = Background.start
+    strikes = [1]
+
+    def struck(thread):
+        if strikes:
             strikes.pop()
             group.close()
-        return value if moment == "logs" else real(first, *args)
+        start(thread)
 
-    monkeypatch.setattr(owner, name, struck)
+    monkeypatch.setattr(Background, "start", struck)
     do = {
         "callbacks": lambda: group.submit("echo", 2).add_done_callback(lambda future: None),
         "restart": group.restart,
-        "logs": group.close,
     }[moment]
-    began = time.monotonic()
     with contextlib.suppress(GroupClosed):
         in_thread(do).value(10)
     assert strikes == []
-    group.close()
-    assert time.monotonic() - began < 4
+    in_thread(group.close).value(10)
+
+
+def test_a_handler_may_close_the_group_that_it_has_interrupted_in_closing(state, monkeypatch):
+    group = WorkerGroup(Worker, 1)
+    group.call("echo", 1)
+    wake = group._engine.link.printer._wake
+    write = os.eventfd_write
+    strikes = [1]
+
+    def struck(fd, number):
+        write(fd, number)
+        if strikes and fd == wake:  # while the printer's lock is held
+            strikes.pop()
+            group.close()
+
+    monkeypatch.setattr(os, "eventfd_write", struck)
+    in_thread(group.close).value(10)
+    assert strikes == []
+
+
+def test_a_handler_may_wait_for_a_thread_whose_last_step_it_keeps_from_its_lock():
+    """`threading` lists its threads under a lock, which a thread takes to leave the list."""
+    gate = threading.Event()
+    background = Background(gate.wait, "waits")
+    background.start()
+
+    def interrupted():
+        with threading._active_limbo_lock:
+            gate.set()
+            background.join()
+
+    in_thread(interrupted).value(10)
+    background.join()
+    until(lambda: background._thread not in threading.enumerate())
 
 
 def test_an_end_needs_no_lock_that_a_strike_can_leave_taken(state):
-    """Popen's: `acquire(False)`, and only then `try`."""
+    """Popen.wait's: who is struck between its `acquire(False)` and its `try` leaves it taken."""
     group = WorkerGroup(Worker, 1)
-    group._engine.link._held.process._waitpid_lock.acquire()
+    group._engine.link.held.process._waitpid_lock.acquire()
     in_thread(group.close).value(10)
+
+
+def test_a_child_that_is_forked_in_the_middle_of_an_end_closes_its_copies():
+    code = """
+    class Worker: pass
+    WorkerGroup(Worker, 1).close()
+    before = len(os.listdir("/proc/self/fd"))
+    group = WorkerGroup(Worker, 1)
+    def fork():
+        pid = os.fork()
+        if pid:
+            os.waitpid(pid, 0)
+        else:
+            say(left=len(os.listdir("/proc/self/fd")) - before)
+            os._exit(0)
+    group._engine.ending._stack.callback(fork)  # the first of what closes the descriptors
+    group.close()
+    """
+    with Script(code) as script:
+        assert script.line()["left"] == 0
+        assert script.end() == 0
 
 
 def test_open_futures_get_group_closed(state, tmp_path):

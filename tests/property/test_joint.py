@@ -217,9 +217,9 @@ def test_a_rank_that_hung_up_is_told_of_however_its_leader_was_struck(three, mon
     assert sockets.ready.poll(0) == []
 
 
-ANSWERS = {
-    "alike": [(OK, b"a"), (OK, b"bb"), (OK, b"")],
-    "one of another kind": [(OK, b"a"), (ACK, b""), (OK, b"c")],
+SCRIPTS = {
+    "plain": [(OK, b"a"), (OK, b"bb"), (OK, b"")],
+    "plain, one an acknowledgement": [(OK, b"a"), (ACK, b""), (OK, b"c")],
     "one that fails": [(OK, b"a"), (FAILED, b"no"), (OK, b"c")],
 }
 
@@ -266,11 +266,11 @@ def run_of_a_call(point: int, answers: list[tuple[int, bytes]], cut: int) -> Str
 
 
 @pytest.mark.parametrize("cut", [0, 1, 3])
-@pytest.mark.parametrize("kinds", ANSWERS)
+@pytest.mark.parametrize("kinds", SCRIPTS)
 def test_struck_at_any_point_of_taking_answers_none_is_lost_or_taken_twice(kinds, cut):
-    run_of_a_call(1 << 30, ANSWERS[kinds], cut)  # 3.13 traces a function from its second call on
+    run_of_a_call(1 << 30, SCRIPTS[kinds], cut)  # 3.13 traces a function from its second call on
     for point in range(1, 10_000):
-        if run_of_a_call(point, ANSWERS[kinds], cut).countdown > 0:
+        if run_of_a_call(point, SCRIPTS[kinds], cut).countdown > 0:
             assert point > 10, "it was never struck"
             return
     raise AssertionError("it does not end")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rankwise import _procfs
 from rankwise._environment import cpu_budget
 from rankwise._procfs import (
     OomKills,
@@ -302,7 +303,16 @@ def test_oom_kill_count(tmp_path: Path, files: dict[str, str], expected: int | N
     assert OomKills(tree(tmp_path, files)).count() == expected
 
 
-def test_oom_kills_are_counted_where_the_process_is_now(tmp_path: Path) -> None:
+def test_oom_kills_are_counted_where_the_process_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+
+    def look(*args: str) -> list[str]:
+        looks.append(args[0])
+        return cgroup_directories(*args)
+
+    monkeypatch.setattr(_procfs, "cgroup_directories", look)
     files = {f"sys/fs/cgroup/{name}/memory.events": EVENTS for name in ("a/b", "c")}
     root = Path(tree(tmp_path, {**BASE_V2, **files}))
     kills = OomKills(str(root))
@@ -310,6 +320,7 @@ def test_oom_kills_are_counted_where_the_process_is_now(tmp_path: Path) -> None:
     here = root / "sys/fs/cgroup/a/b/memory.events"
     here.write_text("oom_kill 5\n")
     assert kills.count() == 5
+    assert len(looks) == 1, "it is looked for once"
     (root / "proc/self/cgroup").write_text("0::/c\n")
     assert kills.count() == 2
     (root / "sys/fs/cgroup/c/memory.events").unlink()

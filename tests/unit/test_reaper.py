@@ -13,7 +13,7 @@ from rankwise._reaper import Reaper
 from rankwise._spawn import Child
 
 
-class Kernel:
+class OomCount:
     """A cgroup's oom_kill count."""
 
     def __init__(self, count: int | None) -> None:
@@ -46,8 +46,8 @@ def killed(reaper: Reaper, rank: int, *, by_us: bool) -> Exited:
 
 
 @pytest.fixture
-def oom(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    oom = Kernel(5)
+def oom(monkeypatch: pytest.MonkeyPatch) -> OomCount:
+    oom = OomCount(5)
     monkeypatch.setattr(_procfs.OomKills, "count", lambda self: oom.count)
     return oom
 
@@ -56,7 +56,7 @@ def make_reaper() -> Reaper:
     return Reaper(lambda child: None, lambda child, report: None)
 
 
-def test_each_of_the_kernels_kills_explains_one_death(oom: Kernel) -> None:
+def test_each_of_the_kernels_kills_explains_one_death(oom: OomCount) -> None:
     reaper = make_reaper()
     assert killed(reaper, 0, by_us=False).oom_killed is False
     oom.count = 7
@@ -65,14 +65,14 @@ def test_each_of_the_kernels_kills_explains_one_death(oom: Kernel) -> None:
     assert killed(reaper, 3, by_us=False).oom_killed is False
 
 
-def test_a_kill_of_our_own_is_not_the_kernels(oom: Kernel) -> None:
+def test_a_kill_of_our_own_is_not_the_kernels(oom: OomCount) -> None:
     reaper = make_reaper()
     assert killed(reaper, 0, by_us=True).oom_killed is False
     oom.count = 6
     assert killed(reaper, 1, by_us=True).oom_killed is None  # one of the two was first
 
 
-def test_where_no_cgroup_tells_nothing_is_claimed(oom: Kernel) -> None:
+def test_where_no_cgroup_tells_nothing_is_claimed(oom: OomCount) -> None:
     oom.count = None
     reaper = make_reaper()
     assert killed(reaper, 0, by_us=False).oom_killed is None

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 from array import array
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from rankwise import _environment, _planned, _status
 from rankwise._messages import Launch
@@ -89,12 +89,19 @@ class Held:
                     os.P_PIDFD, self.pidfd, os.WEXITED if wait else os.WEXITED | os.WNOHANG
                 )
             except ChildProcessError:
-                process.returncode = 0  # reaped: by the kernel, where SIGCHLD is ignored
+                # Reaped by the kernel (SIGCHLD is ignored), by another thread that is just noting
+                # it, or by one that was struck before it had. How it ended is not known then.
+                if process.returncode is None:
+                    process.returncode = 0
             else:
                 if found is not None:
                     exited = found.si_code == os.CLD_EXITED
                     process.returncode = found.si_status if exited else -found.si_status
         return process.returncode
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):  # reaped by the kernel already
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """The last resort of a start that failed half way; an orderly end leaves it little."""
@@ -102,7 +109,7 @@ class Held:
             return
         self.ours = False
         if self.exitcode() is None:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            self.kill()
             self.exitcode(wait=True)
         os.close(self.pidfd)
         self.control.close()

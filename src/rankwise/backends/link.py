@@ -50,7 +50,7 @@ class LauncherLink:
 
     def __init__(self, engine: LocalEngine, started: Started) -> None:
         self._engine = engine
-        self._held = started.held
+        self.held = started.held
         self._control = started.held.control
         self.control_fd = self._control.fileno()
         self.launcher_pidfd = started.held.pidfd
@@ -60,7 +60,8 @@ class LauncherLink:
         self.gone = False  # no rank is left, and none will be started
         self.news = Bell()
         self.printer = Printer(engine.name, self.shown)
-        self._heard = 0.0  # when the launcher last said something
+        # When the launcher last said something, or was told to finish: its PATIENCE runs from here.
+        self._heard = 0.0
         self._finishing: list[None] = []  # not empty once it was told to finish
         self._outbox: list[object] = []
         self._outer = engine.pump.outer
@@ -136,8 +137,8 @@ class LauncherLink:
     def _tell_lost(self, reason: Exception) -> None:
         # Its descriptors close before it ends.
         wait_readable(self.launcher_pidfd, 0.1)
-        ended = describe_exit(self._held.exitcode())
-        cause = f"its launcher (pid {self._held.process.pid}) {ended}"
+        ended = describe_exit(self.held.exitcode())
+        cause = f"its launcher (pid {self.held.process.pid}) {ended}"
         if not isinstance(reason, EOFError):
             cause += f" ({reason})"
         self._engine.break_group(Garbled(-1, cause))
@@ -168,7 +169,8 @@ class LauncherLink:
             self.send(Shown(nbytes))
 
     def finish(self) -> None:
-        """Have the launcher SIGKILL what is left, report and go. Again it does nothing."""
+        """Have the launcher SIGKILL what is left, report and go. It is told once; again this only
+        kicks the keeper, for one who was struck before he had."""
         if not self._finishing:
             self._heard = clock()
             # One C call puts it and notes it, so a signal handler finds both or neither.
@@ -196,16 +198,15 @@ class LauncherLink:
             self.wait_for(lambda: self.gone, deadline(PATIENCE))
         if self._warm:
             if self._engine.retired:
-                self.warm = self.warm or self._held.hand_over()
+                self.warm = self.warm or self.held.hand_over()
                 return
             self._kill()
         if not wait_readable(self.launcher_pidfd, PATIENCE):
             self._kill()
-        self._held.exitcode(wait=True)
+        self.held.exitcode(wait=True)
 
     def _kill(self) -> None:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.launcher_pidfd, signal.SIGKILL)
+        self.held.kill()
         if not self.gone:
             _await_ends(self._kill_ranks())
 
@@ -234,7 +235,7 @@ class LauncherLink:
 
     def become_inert(self) -> None:
         """This is a forked child's copy, whose destructor would warn of a child not waited for."""
-        self._held.process.returncode = 0
+        self.held.process.returncode = 0
 
 
 def _await_ends(pidfds: list[int]) -> None:

@@ -61,8 +61,6 @@ class LocalEngine:
         stack.callback(self.ranks.forget_status)
         self.spin = spin_for(spec.spin, spec.world_size + 1, cpu_budget())
         self.pump = Pump(started.sockets, self.spin, started.status, started.news)
-        self.run: Callable[[Call], Error | None] = self.pump.run
-        self.submit: Callable[[tuple[Call, ...]], Error | None] = self.pump.submit
         self.arena = self.pump.sockets.arena = started.arena
         stack.callback(self.pump.close)
         self.pump.announce = self._announce
@@ -93,6 +91,12 @@ class LocalEngine:
         _lifetime.adopt(self)
 
     # -- calls --------------------------------------------------------------------------------
+
+    def run(self, call: Call) -> Error | None:
+        return self.pump.run(call)
+
+    def submit(self, calls: tuple[Call, ...]) -> Error | None:
+        return self.pump.submit(calls)
 
     deadline = staticmethod(deadline)
 
