@@ -170,6 +170,7 @@ class Launcher:
 
     def _ended(self, child: Child, report: Exited) -> None:
         self._line.say(report)
+        self._line.flush()  # before anything else: somebody waits for it
         self._dumps.ended(child)
         os.close(child.crash)
         child.crash = -1

@@ -116,7 +116,10 @@ class Reaper:
             stack=_crash_report(child),
         )
         self._ended(child, report)
-        self._kill_orphans()  # after the report: callers wait for that, and nobody for these
+        try:
+            self._kill_orphans()  # after the report: callers wait for that, and nobody for these
+        except (OSError, MemoryError):
+            pass  # no descriptors, no memory: the next death looks again, and so does the end
         return True
 
     def signal(self, ranks: tuple[int, ...], number: int) -> None:

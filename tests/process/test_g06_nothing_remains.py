@@ -401,6 +401,44 @@ def test_an_end_needs_no_lock_that_a_strike_can_leave_taken(state):
     in_thread(group.close).value(10)
 
 
+def test_an_end_that_a_handler_has_overtaken_touches_nobody_elses_descriptors(state, monkeypatch):
+    """It closes the group and makes another, whose launcher's pidfd has the old one's number."""
+    group = WorkerGroup(Worker, 1)
+    group.call("echo", 1)
+    held = group._engine.link.held
+    others = []
+
+    def overtaken(self, happened, until):
+        monkeypatch.undo()
+        group.close()
+        others.append(WorkerGroup(Worker, 1))
+        return wait_for(self, happened, until)
+
+    wait_for = link.LauncherLink.wait_for
+    monkeypatch.setattr(link.LauncherLink, "wait_for", overtaken)
+    in_thread(group.close).value(10)
+    (other,) = others
+    held.kill()
+    assert other.call("echo", 2) == [2]
+    other.close()
+
+
+def test_a_kill_by_a_handler_ends_a_close_that_waits_for_a_call(state, tmp_path):
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    group = WorkerGroup(Worker, 1)
+    future = group.submit("hold", path)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: group.kill())
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        group.close(None)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        timer.join()
+    assert isinstance(future.exception(0), GroupClosed)
+
+
 def test_a_child_that_is_forked_in_the_middle_of_an_end_closes_its_copies():
     code = """
     class Worker: pass
@@ -414,7 +452,7 @@ def test_a_child_that_is_forked_in_the_middle_of_an_end_closes_its_copies():
         else:
             say(left=len(os.listdir("/proc/self/fd")) - before)
             os._exit(0)
-    group._engine.ending._stack.callback(fork)  # the first of what closes the descriptors
+    group._engine.ending.stack.callback(fork)  # the first of what closes the descriptors
     group.close()
     """
     with Script(code) as script:
@@ -599,7 +637,7 @@ def test_a_strike_while_the_descriptors_are_closed_and_another_one_at_once(monke
     before = len(os.listdir("/proc/self/fd"))
     group = WorkerGroup(Worker, 1)
     ending = group._engine.ending
-    ending._stack.callback(time.sleep, 0.3)  # before the others
+    ending.stack.callback(time.sleep, 0.3)  # before the others
     monkeypatch.setattr(Shielded, "run", run)
     monkeypatch.setattr(Shielded, "settle", struck)
     with pytest.raises(KeyboardInterrupt):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from contextlib import ExitStack
 
 from rankwise import _lifetime
 from rankwise._callbacks import USERS_PATIENCE
@@ -32,7 +33,6 @@ from rankwise.backends.link import PATIENCE
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import ExitStack
 
     from rankwise.backends.local import LocalEngine
 
@@ -45,11 +45,12 @@ NEVER = float("inf")
 
 
 class Ending:
-    """The end of `engine`. `stack`: every descriptor of it, the last to go."""
+    """The end of `engine`. `stack`: every descriptor of it, the last to go; its owner puts it here
+    once the engine is whole."""
 
-    def __init__(self, engine: LocalEngine, stack: ExitStack) -> None:
+    def __init__(self, engine: LocalEngine) -> None:
         self._engine = engine
-        self._stack = stack
+        self.stack = ExitStack()
         self.closed = False
         self._closing = threading.RLock()
         self._rest: Shielded[None] | None = None  # closes the descriptors: the last step
@@ -97,6 +98,8 @@ class Ending:
         farewell.id = LAST_ID
         pump = self._engine.pump
         with pump.lock:
+            if pump.closed:
+                return  # by a handler, under who was about to close it
             pump.sockets.settle()
             for channel in pump.sockets.channels:
                 channel.send_farewell(farewell)
@@ -261,7 +264,7 @@ class Ending:
         """Close what is left, descriptors all: nothing waits here."""
         self.closed = True
         try:
-            self._stack.close()
+            self.stack.close()
         finally:
             # Last: a handler may fork meanwhile, and the child has the rest of its copies to close.
             _lifetime.disown(self._engine)
@@ -269,4 +272,4 @@ class Ending:
     def become_inert(self) -> None:
         """This is a forked child's copy: close its descriptors."""
         self.closed = True
-        self._stack.close()
+        self.stack.close()

@@ -11,6 +11,7 @@ close run the same steps.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -88,7 +89,9 @@ class Held:
                 found = os.waitid(
                     os.P_PIDFD, self.pidfd, os.WEXITED if wait else os.WEXITED | os.WNOHANG
                 )
-            except ChildProcessError:
+            except OSError as error:
+                if error.errno not in (errno.ECHILD, errno.EBADF):
+                    raise
                 # Reaped by the kernel (SIGCHLD is ignored), by another thread that is just noting
                 # it, or by one that was struck before it had. How it ended is not known then.
                 if process.returncode is None:
@@ -101,7 +104,10 @@ class Held:
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):  # reaped by the kernel already
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            # In straight code: after an end by a handler the number may be another launcher's.
+            send = signal.pidfd_send_signal
+            if self.process.returncode is None:
+                send(self.pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """The last resort of a start that failed half way; an orderly end leaves it little."""

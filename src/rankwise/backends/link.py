@@ -171,10 +171,12 @@ class LauncherLink:
     def finish(self) -> None:
         """Have the launcher SIGKILL what is left, report and go. It is told once; again this only
         kicks the keeper, for one who was struck before he had."""
+        now, put = clock(), map(self._outbox.append, (Finish(self.stay),))
+        # Straight code up to the one C call that puts it and notes it: a signal handler, or another
+        # thread, finds both or neither.
         if not self._finishing:
-            self._heard = clock()
-            # One C call puts it and notes it, so a signal handler finds both or neither.
-            self._finishing.extend(map(self._outbox.append, (Finish(self.stay),)))
+            self._heard = now
+            self._finishing.extend(put)
         self._engine.pump.kick()
 
     # -- its end ------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ class LauncherLink:
                 self.warm = self.warm or self.held.hand_over()
                 return
             self._kill()
-        if not wait_readable(self.launcher_pidfd, PATIENCE):
+        if self.held.exitcode() is None and not wait_readable(self.launcher_pidfd, PATIENCE):
             self._kill()
         self.held.exitcode(wait=True)
 

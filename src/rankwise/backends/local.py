@@ -78,8 +78,7 @@ class LocalEngine:
         self._looking = True  # for changes of phase
         self._phases = [SPAWN - 1] * spec.world_size  # the last that was logged
         self._began = clock()
-        own = ExitStack()
-        self.ending = Ending(self, own)
+        self.ending = Ending(self)
         if spec.on_failure is not None:
             self.callbacks.ensure()
         try:
@@ -87,7 +86,7 @@ class LocalEngine:
         except BaseException:
             self.callbacks.close(USERS_PATIENCE)
             raise
-        own.push(stack.pop_all())
+        self.ending.stack = stack.pop_all()
         _lifetime.adopt(self)
 
     # -- calls --------------------------------------------------------------------------------
@@ -104,7 +103,8 @@ class LocalEngine:
         self.pump.check_entry()
         with self.pump.lock:
             self.pump.ledger.barrier(call)
-            self.pump.lead.rearm()
+            if not self.pump.closed:
+                self.pump.lead.rearm()
 
     def wait(self, call: Call, until: float | None) -> bool:
         return self.pump.wait(call, until)

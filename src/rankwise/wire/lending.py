@@ -41,6 +41,7 @@ SLOTS: Final = 1 << 14
 WORDS: Final = PAGE // 8
 GROUP: Final = 64  # slots that are looked at together for what has come home
 IDLE: Final = 30.0  # seconds after which free memory is given back
+LATER: Final = 0.1  # seconds until it is tried again, where somebody is at it
 
 
 class Hold:
@@ -272,8 +273,13 @@ class Lender:
         """Give back what has been idle for long. When to come again; None: not before a `put`."""
         if not self._table or (memory := self._usable()) is None:
             return None
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            # Who has it may have been interrupted by a handler that waits for this very thread.
+            return now + LATER
+        try:
             self._collect(memory, now)
+        finally:
+            self._lock.release()
         self._give_back(memory, now - IDLE)
         with self._lock:
             since = self._blocks.idle_since()
