@@ -12,7 +12,7 @@ import threading
 import time
 
 from rankwise._deadline import clock, left
-from rankwise._interrupts import is_interrupt
+from rankwise._shielded import Shielded
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,18 +59,21 @@ class Background:
     def __init__(self, run: Callable[[], object], name: str) -> None:
         self.name = name
         self._run_it = run
-        self.failed = False  # no thread could be made for it: it never runs
         self._ended = False
         self._bell = Bell()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Raises RuntimeError or MemoryError where no thread can be made (`failed`). What a signal
-        handler raises here says nothing: the thread runs, as a rule."""
+        """Raises RuntimeError or MemoryError where no thread can be made. What a signal handler
+        raises here says nothing of that: see `started`.
+
+        Shielded: a struck `Thread.start` may leave a thread that never runs.
+        """
+        start = Shielded(self._thread.start)
         try:
-            self._thread.start()
-        except (RuntimeError, MemoryError) as error:
-            self.failed = not is_interrupt(error)
+            start.run()
+        except BaseException:
+            start.settle()
             raise
 
     def _run(self) -> None:
@@ -82,8 +85,8 @@ class Background:
 
     @property
     def started(self) -> bool:
-        """Whether it is known to run. Not yet, where a handler has interrupted `start` before the
-        thread ran: to join it there may be to wait for oneself."""
+        """Whether it is known to run, or to have run. Not yet, where a handler has interrupted
+        `start` before the thread ran: to join it there may be to wait for oneself."""
         return self._thread.ident is not None
 
     def is_current(self) -> bool:

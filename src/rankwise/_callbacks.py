@@ -37,10 +37,15 @@ class Callbacks:
         Raises RuntimeError or MemoryError where no thread can be made; the next one tries again.
         """
         with self._lock:
-            if self._closed or (self._thread is not None and not self._thread.failed):
+            if self._closed or self._thread is not None:
                 return
-            self._thread = Background(self._run, self._name)
-            self._thread.start()
+            self._thread = made = Background(self._run, self._name)
+            try:
+                made.start()
+            except BaseException:
+                if not made.started:
+                    self._thread = None
+                raise
 
     def is_current(self) -> bool:
         """Whether this very thread is the callback thread."""

@@ -45,6 +45,16 @@ if TYPE_CHECKING:
             """Why this process may not use it (a forked child's copy), or None."""
             ...
 
+        def check_entry(self) -> None:
+            """Raise RuntimeError in a forked child, and in a handler that has interrupted a step of
+            the engine in this very thread."""
+            ...
+
+        def check_restart(self) -> None:
+            """As `check_entry`; also in a handler that has interrupted a wait which all others lean
+            on: a restart would wait for it, and it for the handler."""
+            ...
+
         def run(self, call: Call) -> Error | None:
             """Submit `call` and wait until it is settled. Returns why it was refused, or None."""
             ...

@@ -12,6 +12,13 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
+    from typing import Final
+
+# What a handler hears that uses a group while its own thread holds the group's lock.
+IN_A_STEP: Final = (
+    "a signal handler (or a finalizer) has interrupted this group in the middle of a step and uses "
+    "it again: let the handler set a flag or raise instead"
+)
 
 
 def is_interrupt(error: BaseException) -> bool:

@@ -32,7 +32,7 @@ from contextlib import suppress
 
 from rankwise._calls import Call
 from rankwise._deadline import clock
-from rankwise._interrupts import is_interrupt
+from rankwise._interrupts import IN_A_STEP, is_interrupt
 from rankwise._lead import Lead, Waiter
 from rankwise._ledger import Ledger
 from rankwise._sockets import IN, OUT, Sockets
@@ -133,10 +133,7 @@ class Pump:
         if self.inert is not None:
             raise RuntimeError(self.inert)
         if self.lock._is_owned():  # type: ignore[attr-defined]
-            raise RuntimeError(
-                "a signal handler (or a finalizer) has interrupted this group in the middle of a "
-                "step and uses it again: let the handler set a flag or raise instead"
-            )
+            raise RuntimeError(IN_A_STEP)
 
     # -- waiting ------------------------------------------------------------------------------
 

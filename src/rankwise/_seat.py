@@ -30,6 +30,7 @@ from rankwise._background import Background, Bell
 from rankwise._callbacks import USERS_PATIENCE
 from rankwise._calls import Closed
 from rankwise._deadline import clock, deadline
+from rankwise._interrupts import is_interrupt
 from rankwise._options import DEFAULTS
 from rankwise._restart import Policy
 from rankwise._views import ManyView
@@ -111,18 +112,20 @@ class Seat:
     def restart(self, timeout: float | None) -> None:
         """See WorkerGroup.restart."""
         self._check_owner()
-        with self._lock:
-            if self._closing:
-                raise explain(Closed(), None, self.engine)
-            thread = self._thread
-            if thread is None:
-                thread = self._begin("is being restarted", 0.0, timeout, by_hand=True)
-        if thread.is_current():
-            raise RuntimeError(f"{self.spec.name}: on_restart cannot restart the group")
+        self.engine.check_restart()
         try:
+            with self._lock:
+                if self._closing:
+                    raise explain(Closed(), None, self.engine)
+                thread = self._thread
+                if thread is None:
+                    thread = self._begin("is being restarted", 0.0, timeout, by_hand=True)
+            if thread.is_current():
+                raise RuntimeError(f"{self.spec.name}: on_restart cannot restart the group")
             thread.join()
-        except BaseException:
-            self.end(lambda engine: engine.kill())
+        except BaseException as error:
+            if is_interrupt(error):
+                self.end(lambda engine: engine.kill())
             raise
         if self._error is not None:
             raise self._error
@@ -141,7 +144,7 @@ class Seat:
         try:
             thread.start()
         except BaseException:
-            if thread.failed:
+            if not thread.started:
                 self._thread = None
                 engine.outlook = before
             raise
@@ -300,6 +303,7 @@ class Seat:
         if self._owner != os.getpid():
             how(engine)  # which raises, or does nothing
             return
+        engine.check_entry()  # before anything says that it is closing
         with self._lock:
             self._closing = True
             threads = [thread for thread in (self._thread, self._teller) if thread is not None]

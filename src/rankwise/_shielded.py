@@ -32,7 +32,7 @@ class Shielded(Generic[T]):
 
     def run(self) -> T:
         """The value of the function, or raises what it raised. See `settle` for ^C."""
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != threading.main_thread().ident:
             return self._function()
         try:
             # One C call makes the thread and notes it, so `settle` knows whether there is one.

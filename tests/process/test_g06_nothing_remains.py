@@ -360,6 +360,88 @@ def test_a_handler_may_close_the_group_whose_thread_it_has_interrupted_in_a_star
     in_thread(group.close).value(10)
 
 
+@pytest.mark.parametrize("point", ["entry", "made", "waits"])
+def test_a_thread_whose_start_was_struck_runs_or_is_made_by_the_next(state, monkeypatch, point):
+    group = WorkerGroup(Worker, 1)
+    future = group.submit("echo", 1)
+    future.result(5)
+    strikes = [1]
+
+    def strike_before(owner, name):
+        real = getattr(owner, name)
+
+        def struck(*args):
+            if strikes and threading.current_thread() is threading.main_thread():
+                strikes.pop()
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(owner, name, struck)
+
+    if point == "entry":
+        strike_before(Background, "start")
+    elif point == "made":
+        strike_before(Shielded, "run")
+    else:
+        done = threading.Thread.start
+
+        def slow(thread):  # the shield is at it while its waiter is struck
+            done(thread)
+            time.sleep(0.2)
+
+        monkeypatch.setattr(threading.Thread, "start", slow)
+        before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+        timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1))
+        done(timer)
+        strikes.clear()
+    with pytest.raises(KeyboardInterrupt):
+        future.add_done_callback(lambda future: None)
+    if point == "waits":
+        signal.signal(signal.SIGUSR1, before)
+        timer.join()
+    assert strikes == []
+    called = threading.Event()
+    group.submit("echo", 2).add_done_callback(lambda future: called.set())
+    assert called.wait(10)
+    in_thread(group.close).value(10)
+
+
+def test_a_handler_that_cannot_wait_for_a_restart_is_told_so(state, tmp_path):
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    group = WorkerGroup(Worker, 1)
+    told = []
+
+    def handler(number, frame):
+        for wish in (group.restart, lambda: group.restart(timeout=None)):
+            with pytest.raises(RuntimeError, match="signal handler") as caught:
+                wish()
+            told.append(str(caught.value))
+        with open(path, "wb") as file:
+            file.write(b"held")
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        assert group.call("hold", path) == [b"held"]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        timer.join()
+    assert len(told) == 2
+    group.restart()
+    assert group.call("echo", 1) == [1]
+    group.close()
+
+
+def test_a_close_that_is_refused_closes_nothing(state):
+    with WorkerGroup(Worker, 1) as group:
+        with group._engine.pump.lock, pytest.raises(RuntimeError, match="signal handler"):
+            group.close()
+        group.restart()
+        assert group.call("echo", 1) == [1]
+
+
 def test_a_handler_may_close_the_group_that_it_has_interrupted_in_closing(state, monkeypatch):
     group = WorkerGroup(Worker, 1)
     group.call("echo", 1)

@@ -4,7 +4,8 @@
 
 The same ledger, codec and worker loop as with processes, so order, copies and errors are the same:
 arguments and results are pickled and loaded. There is nothing to poll and nobody dies, so there is
-no pump: a waiter sleeps at its gate, and one timer thread runs the deadlines out.
+no pump: a waiter sleeps at its gate, and one timer thread runs the deadlines out. It is long, for
+it is a whole engine: calls, timers, reports and the end share its one lock.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rankwise._callbacks import USERS_PATIENCE, Callbacks
 from rankwise._calls import Call, Closed, Error
 from rankwise._deadline import clock, deadline, left
 from rankwise._environment import rank_infos
+from rankwise._interrupts import IN_A_STEP
 from rankwise._ledger import Ledger
 from rankwise._messages import DEADLINE, EXIT, HAS_DEADLINE, WANT_VALUE
 from rankwise._ranks import Ranks
@@ -312,6 +314,12 @@ class InlineEngine:
             on_break(cause)
 
     # -- the end ------------------------------------------------------------------------------
+
+    def check_entry(self) -> None:
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            raise RuntimeError(IN_A_STEP)
+
+    check_restart = check_entry
 
     def close(self, timeout: float | None, *, drop: bool = False) -> None:
         """See WorkerGroup.close. A thread cannot be killed: one that is stuck is left, a daemon."""

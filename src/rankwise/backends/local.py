@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from contextlib import ExitStack
 from functools import partial
 
@@ -90,6 +91,19 @@ class LocalEngine:
         _lifetime.adopt(self)
 
     # -- calls --------------------------------------------------------------------------------
+
+    def check_entry(self) -> None:
+        self.pump.check_entry()
+
+    def check_restart(self) -> None:
+        self.pump.check_entry()
+        with self.pump.lock:
+            leader = self.pump.lead.current()
+        if leader is not None and leader.thread == threading.get_ident():
+            raise RuntimeError(
+                f"a signal handler has interrupted a call of {self.name} that waits, and restarts "
+                "it: let the handler set a flag or raise instead"
+            )
 
     def run(self, call: Call) -> Error | None:
         return self.pump.run(call)
