@@ -69,6 +69,9 @@ class Background:
 
         Shielded: a struck `Thread.start` may leave a thread that never runs.
         """
+        if threading._active_limbo_lock._is_owned():  # type: ignore[attr-defined]
+            self._thread.start()  # in a handler inside `threading` itself, which no other may enter
+            return
         start = Shielded(self._thread.start)
         try:
             start.run()

@@ -102,8 +102,8 @@ class Seat:
                     self._begin(f"is being restarted ({self._policy.count()})", wait, 0.0)
                     return
                 except (RuntimeError, MemoryError) as error:
-                    if self._thread is not None:
-                        raise  # out of a signal handler
+                    if is_interrupt(error):
+                        raise
                     what = f"{engine.name} was not restarted: {error}"
                     engine.defer(lambda: logger.error("%s", what))
         self._give_up(engine)

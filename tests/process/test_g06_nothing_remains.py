@@ -473,6 +473,10 @@ def test_a_handler_may_wait_for_a_thread_whose_last_step_it_keeps_from_its_lock(
 
     in_thread(interrupted).value(10)
     background.join()
+    other = Background(int, "starts")
+    with threading._active_limbo_lock:
+        other.start()  # in this thread: it is the main one that a handler interrupts
+    other.join()
     until(lambda: background._thread not in threading.enumerate())
 
 
