@@ -20,7 +20,15 @@ from test_no_caller_waits_forever import START, methods, start
 from untold import late
 from waiters import NAMES, Everybody, by_each, waiters
 
-from rankwise import CallTimeout, GroupClosed, StartupError, StartupTimeout, WorkerDied, WorkerGroup
+from rankwise import (
+    CallTimeout,
+    GroupBroken,
+    GroupClosed,
+    StartupError,
+    StartupTimeout,
+    WorkerDied,
+    WorkerGroup,
+)
 from rankwise.testing import delay, faults, kill
 from rankwise.testing import hold_gil as planned_hold
 
@@ -179,18 +187,21 @@ def test_a_rank_that_sticks_before_it_has_read_anything(fault: str, method: str)
 @cell(
     stage="construct, ready, run",
     waiter="the constructor, call",
-    gets="whatever the moment: StartupError, or WorkerDied in the first call; both name rank "
-    "and signal",
+    gets="whatever the moment: StartupError, WorkerDied in the first call, or GroupBroken with it "
+    "where it died before that; all name rank and signal",
     within=8,
 )
 @methods
 @pytest.mark.parametrize("fault", [f"killed after {us} us" for us in (1, 200, 500, 1000, 3000)])
 def test_a_rank_that_dies_about_when_it_is_ready(fault: str, method: str) -> None:
     seconds = int(fault.split()[2]) * 1e-6
-    with pytest.raises((StartupError, WorkerDied)) as caught:
+    with pytest.raises((StartupError, WorkerDied, GroupBroken)) as caught:
         with WorkerGroup(Clockwork, 2, args=(seconds,), **START[method]) as group:
             group.call(Clockwork.wait)
     error = caught.value
+    assert "SIGALRM" in str(error)
+    if isinstance(error, GroupBroken):
+        error = error.first
     assert error.rank == RANK
     assert error.exitcode == -signal.SIGALRM
     assert "SIGALRM" in str(error)
