@@ -158,7 +158,6 @@ class Launcher:
         self._wake.clear()
         try:
             while self._reaper.reap():
-                self._line.flush()
                 self._line.look()
         except ChildProcessError:
             pass  # no child is left: it is still the driver who says that this is the end
