@@ -165,7 +165,9 @@ def explain(
         case Cancelled():
             return WorkerGroupError(f"{engine.name}: the call was cancelled")
         case Lost() if call is not None and (rank is None or rank == error.rank):
-            return died(error, engine)
+            death = died(error, engine)
+            death.add_note(f"{engine.name} {_outlook(engine)}")  # its message is one sentence
+            return death
         case Lost() | Broken() | Stuck() | Garbled():
             cause = error.cause if isinstance(error, Broken) else error
             return broken(cause, engine)
@@ -198,8 +200,12 @@ def broken(cause: Error, engine: Engine) -> GroupBroken:
             first = WorkerGroupError(text)
         case _:
             raise AssertionError(f"no words for {cause!r}")
-    outlook = engine.outlook or "is broken and takes no more calls: make a new group"
-    return GroupBroken(f"{text}{end}{engine.name} {outlook}", first=first, stacks=stacks)
+    return GroupBroken(f"{text}{end}{engine.name} {_outlook(engine)}", first=first, stacks=stacks)
+
+
+def _outlook(engine: Engine) -> str:
+    """What is to be done about `engine`, which has broken."""
+    return engine.outlook or "is broken and takes no more calls: make a new group"
 
 
 def nobody_hears(cause: Error) -> bool:

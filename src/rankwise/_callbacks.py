@@ -37,15 +37,18 @@ class Callbacks:
         Raises RuntimeError or MemoryError where no thread can be made; the next one tries again.
         """
         with self._lock:
-            if self._closed or self._thread is not None:
-                return
-            self._thread = made = Background(self._run, self._name)
-            try:
-                made.start()
-            except BaseException:
-                if not made.started:
-                    self._thread = None
-                raise
+            self._have_thread()
+
+    def _have_thread(self) -> None:
+        if self._closed or self._thread is not None:
+            return
+        self._thread = made = Background(self._run, self._name)
+        try:
+            made.start()
+        except BaseException:
+            if not made.started:
+                self._thread = None
+            raise
 
     def is_current(self) -> bool:
         """Whether this very thread is the callback thread."""
@@ -55,13 +58,21 @@ class Callbacks:
         self._jobs.put(job)
 
     def defer(self, job: Callable[[], object]) -> None:
-        """As `put`, with the thread running; where none can be made, once the next `ensure` has."""
+        """As `put`, with the thread running; where none can be made, once the next `ensure` has.
+
+        Never waits: who has the lock starts the thread, and may have been interrupted at it by a
+        handler that waits for the keeper, which defers.
+        """
         self._jobs.put(job)
+        if not self._lock.acquire(blocking=False):
+            return
         try:
-            self.ensure()
+            self._have_thread()
         except (RuntimeError, MemoryError) as error:
             if is_interrupt(error):
                 raise
+        finally:
+            self._lock.release()
 
     def _run(self) -> None:
         while True:

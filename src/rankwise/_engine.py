@@ -126,8 +126,9 @@ if TYPE_CHECKING:
             """Settle every open call: the interpreter is about to exit."""
             ...
 
-        def become_inert(self, owner: int) -> None:
-            """This is a forked child's copy: close its descriptors, touch nothing else."""
+        def become_inert(self, why: str) -> None:
+            """This is a forked child's copy: close its descriptors, touch nothing else. `why`: what
+            its user reads when he calls it."""
             ...
 
         def close(self, timeout: float | None, *, drop: bool = False) -> None:

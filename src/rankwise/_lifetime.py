@@ -70,7 +70,10 @@ def kill_started(spec: GroupSpec) -> None:
 def _after_fork() -> None:
     owner = os.getppid()
     for engine in list(_engines):
-        engine.become_inert(owner)
+        engine.become_inert(
+            f"{engine.name} belongs to process {owner}; this is a forked child of it (pid "
+            f"{os.getpid()}), which must make a group of its own"
+        )
     _engines.clear()
 
 

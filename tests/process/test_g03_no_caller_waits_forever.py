@@ -122,6 +122,9 @@ def test_a_death_ends_a_plain_call(group, fifo):
         waits.value()
     assert time.monotonic() - killed < HEARD
     assert caught.value.rank == 0 and caught.value.method == "hold"
+    assert caught.value.__notes__ == [
+        f"{group.name} is broken and takes no more calls: make a new group"
+    ]
 
 
 def test_a_death_ends_flush(group, fifo):

@@ -430,6 +430,38 @@ def test_a_forked_childs_copy_is_inert_and_the_parent_goes_on(leave, tmp_path):
         assert script.errors() == ""
 
 
+def test_a_forked_childs_copy_of_threads_is_inert_too():
+    code = f"""{WORKER}
+group = WorkerGroup(Worker, 2, backend="inline")
+view, future = group[0], group.submit("echo", 2)
+future.result()
+read, write = os.pipe()
+child = os.fork()
+if child == 0:
+    tried = {{}}
+    attempts = dict(
+        call=lambda: group.call("echo", 1), submit=lambda: group.submit("echo", 1),
+        view=lambda: view.call("echo", 1), flush=lambda: group.flush(5), pids=lambda: group.pids,
+        close=group.close, kill=group.kill, restart=group.restart, health=group.health,
+    )
+    for name, attempt in attempts.items():
+        try: tried[name] = repr(attempt())
+        except Exception as error: tried[name] = type(error).__name__ + str(error)
+    os.write(write, json.dumps(tried).encode())
+    os._exit(0)
+os.waitpid(child, 0)
+tried = json.loads(os.read(read, 65536))
+told = f"RuntimeErrorworkers belongs to process {{os.getpid()}}; "
+say(wrong={{name: text for name, text in tried.items() if not text.startswith(told)}},
+    tried=len(tried), again=group.call("echo", 1))
+group.close()
+"""
+    with Script(code) as script:
+        assert script.line() == {"wrong": {}, "tried": 9, "again": [1, 1]}
+        assert script.end() == 0
+        assert script.errors() == ""
+
+
 def test_a_child_that_was_forked_inside_with_leaves_the_block_without_touching_the_group():
     code = f"""{WORKER}
 with WorkerGroup(Worker, 2) as group:

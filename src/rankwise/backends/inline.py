@@ -211,6 +211,7 @@ class InlineEngine:
         return refusal
 
     def submit(self, calls: tuple[Call, ...]) -> Error | None:
+        self.check_entry()
         with self._lock:
             refusal = self.refusal()
             if refusal is not None:
@@ -236,6 +237,7 @@ class InlineEngine:
         # A start and an end go by the real clock: nobody would move the other one meanwhile.
         manual = None if self.starting or self._ending else self._manual
         bell = Bell() if manual is None else manual
+        self.check_entry()
         with self._lock:
             if call.done:
                 return True
@@ -263,6 +265,7 @@ class InlineEngine:
         yield from waiter
 
     def cancel(self, call: Call) -> bool:
+        self.check_entry()
         with self._lock:
             dropped = self._ledger.cancel(call)
             if not dropped and not call.ended:
@@ -316,6 +319,8 @@ class InlineEngine:
     # -- the end ------------------------------------------------------------------------------
 
     def check_entry(self) -> None:
+        if self.inert is not None:
+            raise RuntimeError(self.inert)
         if self._lock._is_owned():  # type: ignore[attr-defined]
             raise RuntimeError(IN_A_STEP)
 
@@ -398,10 +403,7 @@ class InlineEngine:
             channel.frames.put((EXIT, 0, 0, b""))  # the ranks end, and the first ends the rest
         return True
 
-    def become_inert(self, owner: int) -> None:
+    def become_inert(self, why: str) -> None:
         """This is a forked child's copy, without its threads."""
         self._closed = True
-        self.inert = (
-            f"{self.name} belongs to process {owner}; this is a forked child of it, which must "
-            "make a group of its own"
-        )
+        self.inert = why

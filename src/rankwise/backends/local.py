@@ -11,7 +11,6 @@ The keeper's thread drives `step` and `link.hear`; everything else runs in the c
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 from contextlib import ExitStack
@@ -289,12 +288,9 @@ class LocalEngine:
         self.pump.kick()
         return True
 
-    def become_inert(self, owner: int) -> None:
+    def become_inert(self, why: str) -> None:
         """This is a forked child's copy: close its descriptors, touch nothing else."""
-        self.pump.inert = (
-            f"{self.name} belongs to process {owner}; this is a forked child of it (pid "
-            f"{os.getpid()}), which must make a group of its own"
-        )
+        self.pump.inert = why
         self.link.become_inert()
         self.ending.become_inert()
 
