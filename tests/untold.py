@@ -1,9 +1,8 @@
-"""Stacks that are missing because a rank's time was up: asked for again, where a test wants to see
-them.
+"""What is missing because a rank's time was up: asked for again, where a test wants to see it.
 
 The launcher gives a rank a tenth of a second for its stack, and a deadline gives the launcher
 little more. A machine that stalls for so long makes of it a stack None with the reason: that is as
-it should be, and not what those tests are about.
+it should be, and not what those tests are about. A start that sticks has to have come so far first.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from rankwise import CallTimeout
+from rankwise import CallTimeout, StartupTimeout
 
 TRIES = 10
+START_LIMITS = 1.0, 3.0, 9.0  # seconds; a machine that stalls takes the longer ones
 LATE = re.compile(r"(in|for|after) 100 ms|launcher does not answer")
 
 
@@ -57,5 +57,18 @@ def explained(
         with pytest.raises(kind) as caught:
             attempt()
         if not late(caught.value):
+            break
+    return caught.value
+
+
+def not_ready(
+    start: Callable[[float], object], there: Callable[[StartupTimeout], bool]
+) -> StartupTimeout:
+    """What `start(start_timeout)` raises, with the first of `START_LIMITS` by which the ranks had
+    come as far as they ever will, as `there` sees it; the last one where none was enough."""
+    for limit in START_LIMITS:
+        with pytest.raises(StartupTimeout) as caught:
+            start(limit)
+        if there(caught.value):
             break
     return caught.value

@@ -9,13 +9,13 @@ from itertools import pairwise
 
 import pytest
 from planned_faults_ranks import Worker
+from untold import not_ready
 
 from rankwise import (
     CallTimeout,
     GroupBroken,
     RemoteError,
     StartupError,
-    StartupTimeout,
     WorkerDied,
     WorkerGroup,
     worker_info,
@@ -78,25 +78,28 @@ def test_a_rank_may_be_killed_by_another_signal(start):
     ("fault", "at"), [(delay, "spawn"), (delay, "import"), (hold_gil, "construct")]
 )
 def test_a_start_is_held_up(start, fault, at):
-    with pytest.raises(StartupTimeout) as caught:
-        start(fault(1, 30, at=at), start_timeout=3.0)
-    assert caught.value.phases[1] == at
+    error = not_ready(
+        lambda limit: start(fault(1, 30, at=at), start_timeout=limit),
+        lambda error: error.phases == {1: at},
+    )
+    assert error.phases == {1: at}
 
 
 @pytest.mark.parametrize("fault", [delay, hold_gil])
-@pytest.mark.parametrize("at", ["receive", "run", "reply"])
-def test_a_call_is_held_up_and_then_answered(start, fault, at):
+def test_a_call_is_held_up_and_then_answered(start, fault):
     """For longer than a lost message would take to be reported: it is none."""
-    group = start(fault(1, 2.5, at=at, call=2))
-    group.call("echo", 0)
+    groups = [start(fault(1, 2.5, at=at, call=2)) for at in ("receive", "run", "reply")]
+    for group in groups:
+        group.call("echo", 0)
     began = time.monotonic()
-    future = group.options(timeout=1.0).submit("echo", 1)
-    with pytest.raises(CallTimeout) as caught:
-        future.result()
-    assert caught.value.missing == (1,)
-    assert group[1].call("echo", 2) == 2
-    assert 2.5 <= time.monotonic() - began < 10
-    assert group.call("all_that_ran") == [[0, 1], [0, 1, 2]]
+    futures = [group.options(timeout=1.0).submit("echo", 1) for group in groups]
+    for group, future in zip(groups, futures, strict=True):
+        with pytest.raises(CallTimeout) as caught:
+            future.result()
+        assert caught.value.missing == (1,)
+        assert group[1].call("echo", 2) == 2
+        assert 2.5 <= time.monotonic() - began < 20
+        assert group.call("all_that_ran") == [[0, 1], [0, 1, 2]]
 
 
 def test_hold_gil_stops_every_thread_of_the_rank_and_delay_does_not(start):

@@ -15,9 +15,9 @@ import time
 import pytest
 from drivers import in_thread, open_fifo, remove_fifo, until
 from time_limits_ranks import Worker
-from untold import explained, late, untold
+from untold import explained, late, not_ready, untold
 
-from rankwise import CallTimeout, StartupTimeout, WorkerGroup, _slow, worker_info
+from rankwise import CallTimeout, WorkerGroup, _slow, worker_info
 from rankwise._messages import STACK_SIGNAL
 
 
@@ -378,12 +378,13 @@ def test_a_start_that_takes_too_long_says_where_each_rank_is(logs, gate):
                 file.read()
 
     began = time.monotonic()
-    error = explained(
-        lambda: WorkerGroup(Stuck, 2, start_timeout=4.0, logs=logs), kind=StartupTimeout
+    error = not_ready(
+        lambda limit: WorkerGroup(Stuck, 2, start_timeout=limit, logs=logs),
+        lambda error: error.last_lines == {1: "loading weights"} and bool(error.stacks[1]),
     )
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     assert re.search(
-        r"1 of 2 ranks were not ready after 4 s \(start_timeout\):\n"
+        r"1 of 2 ranks were not ready after [139] s \(start_timeout\):\n"
         r"  rank 1: pid \d+, construct, in test_time_limits\.py:\d+ load; "
         r'last line: "loading weights"; asleep, \d+% CPU$',
         str(error),
