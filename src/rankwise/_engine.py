@@ -135,8 +135,8 @@ if TYPE_CHECKING:
             """End in order; `drop`: without what is queued, and with the cancel flags set."""
             ...
 
-        def refuse(self) -> None:
-            """Take no more calls."""
+        def refuse(self, *, cancel: bool = False) -> None:
+            """Take no more calls; `cancel`: those of which no byte has been sent are cancelled."""
             ...
 
         def kill(self) -> None:

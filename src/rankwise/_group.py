@@ -279,17 +279,14 @@ class WorkerGroup(ManyView):
         self._seat.end(lambda engine: engine.kill())
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As in `concurrent.futures.Executor`: `close` without a limit; `cancel_futures` drops what
-        is queued; without `wait` a thread of its own does the closing."""
+        """As in `concurrent.futures.Executor`: `close` without a limit; `cancel_futures` cancels
+        what is queued in the driver; without `wait` a thread of its own does the closing."""
+        self._engine.refuse(cancel=cancel_futures)
         if wait:
-            self._close(None, drop=cancel_futures)
+            self._close(None)
         else:
-            self._engine.refuse()
             threading.Thread(
-                target=self._close,
-                args=(None,),
-                kwargs={"drop": cancel_futures},
-                name=f"rankwise-{self.name}-shutdown",
+                target=self._close, args=(None,), name=f"rankwise-{self.name}-shutdown"
             ).start()
 
     def __enter__(self) -> Self:

@@ -28,9 +28,9 @@ def test_the_example_prints_and_raises_what_the_readme_says() -> None:
     done = run(example)
     assert done.stdout.splitlines() == promised
     assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    shown = next(line for line in README.splitlines() if line.startswith("rankwise.errors."))
-    assert re.sub(r"pid \d+", "pid N", last) == re.sub(r"pid \d+", "pid N", shown)
+    shown = re.findall(r"^```\n(rankwise\.errors\..*?)^```", README, re.DOTALL | re.MULTILINE)[0]
+    told = re.sub(r"pid \d+", "pid N", done.stderr)
+    assert told.endswith("\n" + re.sub(r"pid \d+", "pid N", shown))
 
 
 def test_every_verb_of_the_readme_runs() -> None:

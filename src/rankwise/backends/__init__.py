@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from rankwise._calls import Call
@@ -44,6 +47,21 @@ def _start(spec: GroupSpec, warm: Held | None) -> Engine:
         from rankwise.backends.inline import InlineEngine
 
         return InlineEngine(spec)
+    system = _too_old_or_other()
+    if system is not None:  # where its modules cannot even be imported
+        raise RuntimeError(
+            f"backend='local' needs Linux 5.4 or newer, and this is {system}: backend='inline' "
+            "works everywhere"
+        )
     from rankwise.backends.local import start_local
 
     return start_local(spec, warm)
+
+
+def _too_old_or_other() -> str | None:
+    """What this machine runs, if it is not Linux 5.4 (pidfd_open and waitid by it) or newer."""
+    if sys.platform != "linux":
+        return sys.platform
+    release = os.uname().release
+    numbers = [int(part) for part in release.replace("-", ".").split(".")[:2] if part.isdigit()]
+    return f"Linux {release}" if numbers and numbers < [5, 4] else None

@@ -21,7 +21,7 @@ from rankwise import _context, _lifetime, _planned
 from rankwise._answers import slow_text
 from rankwise._background import Bell
 from rankwise._callbacks import USERS_PATIENCE, Callbacks
-from rankwise._calls import Call, Closed, Error
+from rankwise._calls import Call, Cancelled, Closed, Error
 from rankwise._deadline import clock, deadline, left
 from rankwise._environment import rank_infos
 from rankwise._interrupts import IN_A_STEP
@@ -381,9 +381,13 @@ class InlineEngine:
             self._timer.join()
         _lifetime.disown(self)
 
-    def refuse(self) -> None:
+    def refuse(self, *, cancel: bool = False) -> None:
+        self.check_entry()
         with self._lock:
             self._ledger.closing = True
+            if cancel:
+                self._ledger.drop_queued(Cancelled())
+        self._tell()
 
     def learn_pids(self) -> None:
         pass  # they are ours

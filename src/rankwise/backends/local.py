@@ -11,14 +11,13 @@ The keeper's thread drives `step` and `link.hear`; everything else runs in the c
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from contextlib import ExitStack
 from functools import partial
 
 from rankwise import _lifetime
 from rankwise._callbacks import USERS_PATIENCE, Callbacks
-from rankwise._calls import Call, Closed, Error
+from rankwise._calls import Call, Cancelled, Closed, Error
 from rankwise._deadline import clock, deadline
 from rankwise._environment import cpu_budget
 from rankwise._interrupts import is_interrupt
@@ -251,10 +250,17 @@ class LocalEngine:
         self.ending.close(timeout, drop=False)
         return self.link.warm
 
-    def refuse(self) -> None:
+    def refuse(self, *, cancel: bool = False) -> None:
         self.pump.check_entry()
-        with self.pump.lock:
-            self.pump.ledger.closing = True
+        try:
+            with self.pump.lock:
+                self.pump.ledger.closing = True
+                if cancel:
+                    self.pump.ledger.drop_queued(Cancelled())
+            self.pump.spread()
+        except BaseException:
+            self.pump.kick()  # the keeper finishes what was begun
+            raise
 
     @property
     def inert(self) -> str | None:
@@ -298,10 +304,5 @@ class LocalEngine:
 def start_local(spec: GroupSpec, warm: Held | None) -> LocalEngine:
     """Start the ranks of `spec` by a launcher of their own, or by the `warm` one of the ranks
     before them; they wait for their boot call."""
-    if sys.platform != "linux":
-        raise RuntimeError(
-            f"backend='local' needs Linux 5.4 or newer, and this is {sys.platform}: "
-            "backend='inline' works everywhere"
-        )
     with ExitStack() as stack:
         return LocalEngine(spec, stack, warm)
