@@ -9,6 +9,7 @@ import threading
 from functools import partial
 
 import cloudpickle
+import numpy as np
 import pytest
 from drivers import SECONDS, Script, Watch
 from vllm_workers import Louder, Worker, exact, handler, start, value
@@ -57,6 +58,20 @@ def test_constructor_returns_while_the_factory_runs(start, handler, tmp_path):
 def test_a_method_is_a_name_or_a_callable_or_a_pickled_one(start, handler, method, args, expected):
     handler.start()
     assert value(start(Louder, rank=3).execute_method(method, *args)) == expected
+
+
+def test_a_large_argument_goes_through_shared_memory(start, handler):
+    def mapping(worker, array):
+        with open("/proc/self/maps") as maps:
+            for line in maps:
+                first, last = (int(end, 16) for end in line.split()[0].split("-"))
+                if first <= array.ctypes.data < last:
+                    return line, int(array.sum())
+
+    handler.start()
+    line, total = value(start().execute_method(mapping, np.ones(4 << 20, np.uint8)))
+    assert "/memfd:" in line
+    assert total == 4 << 20
 
 
 def test_a_missing_method_is_not_implemented(start, handler):

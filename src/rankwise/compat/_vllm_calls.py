@@ -28,14 +28,16 @@ if TYPE_CHECKING:
     from rankwise.errors import WorkerDied
 
 
-def make_call(method: Method, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """The call of a task. Raises SerializationError."""
+def make_call(
+    method: Method, args: tuple[Any, ...], kwargs: dict[str, Any], arena: codec.Taker | None
+) -> Call:
+    """The call of a task, what is large in `arena`. Raises SerializationError, MemoryError."""
     if isinstance(method, str):
-        return Call(method, codec.encode_call(method, args, kwargs), (0,), shape=0)
+        return Call(method, codec.encode_call(method, args, kwargs, arena), (0,), shape=0)
     name = "pickled callable" if isinstance(method, bytes) else method_name(method)
     # Also a function of the worker's own class runs as it is given, not as a subclass overrides it.
     sent = partial(given_worker, method)
-    return Call(name, codec.encode_call(sent, args, kwargs), (0,), shape=0)
+    return Call(name, codec.encode_call(sent, args, kwargs, arena), (0,), shape=0)
 
 
 def answered(call: Call, rank: int, engine: LocalEngine) -> tuple[object, BaseException | None]:

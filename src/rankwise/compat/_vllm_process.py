@@ -94,6 +94,7 @@ class WorkerProcess:
         engine, boot = launch(spec)
         self.rank = rank
         self._engine = cast("LocalEngine", engine)
+        self.arena = self._engine.arena  # where large arguments lie; None: they go by the socket
         self._ended_by: WorkerProcess | None = None
         self._pidfd: int | None = None
         self._sentinel: int | None = None

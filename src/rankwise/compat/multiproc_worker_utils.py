@@ -97,8 +97,8 @@ class ProcessWorkerWrapper:
         """Send a task, and return its future at once.
 
         method: a name, or a callable (or one pickled by cloudpickle), given the worker first.
-        Raises SerializationError for what cannot travel, ChildProcessError for a worker that has
-        ended or was asked to.
+        Raises SerializationError for what cannot travel, MemoryError where there is no room for it,
+        ChildProcessError for a worker that has ended or was asked to.
         """
         future: ResultFuture[Any] = ResultFuture()
         self._enqueue_task(future, method, args, kwargs)
@@ -175,7 +175,7 @@ class _TaskQueue:
     ) -> Pending:
         """`put`, for a task: gives the way to its answer."""
         self._check_open()
-        call = make_call(method, args, kwargs)
+        call = make_call(method, args, kwargs, self._process.arena)
         pending = Pending(task_id, call, self._process, self._handler)
         future = self._handler.tasks.get(task_id)
         if isinstance(future, ResultFuture):
