@@ -6,6 +6,7 @@ import signal
 import time
 
 MB = 1 << 20
+ALL = -2  # in the place of a rank: every one
 
 
 class Failure(Exception):
@@ -13,11 +14,11 @@ class Failure(Exception):
 
 
 class Mortal:
-    """A rank with `resident` bytes of its own, if it is the one that `large` names."""
+    """A rank with `resident` bytes of its own, if it is the one that `large` names, or ALL are."""
 
     def __init__(self, large: int = -1, resident: int = 0) -> None:
         self.rank = int(os.environ["RANK"])
-        if self.rank == large:
+        if large in (self.rank, ALL):
             with open("/proc/self/statm") as file:
                 has = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             self.memory = b"x" * max(0, resident - has)

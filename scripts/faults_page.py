@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -112,12 +113,21 @@ BOUNDS = """
 Measured by `make bench-bounds` ({machine}).
 Groups of 8 ranks; of 4 where one fails, of 2 for `stacks()`. A bound is for the worst, unless it
 says median. Nothing else ran while these were taken, on a virtual machine whose neighbours are not
-quiet. The kernel frees a process's memory before it says that the process has ended: what it needs
-for that stands beside the deaths, and is no part of what rankwise adds.
+quiet. The kernel frees a process's memory before it says that the process has ended: what a bare
+process as large (or as many of them) needs for that stands beside, and is no part of what rankwise
+adds. Rows with 2 GB have fewer repetitions: each takes seconds.
 
-| | bound | median | worst | of |
-|---|---|---|---|---|
+{over}
+
+| | bound | median | worst | bare, median | of |
+|---|---|---|---|---|---|
 """
+COMPARED = "for comparison"  # so begins a row of bare processes
+NONE_OVER = "No row is over its bound."
+SOME_OVER = (
+    "**A row that begins with OVER has missed its bound**, by the number in bold; beside it, what\n"
+    "the kernel alone takes, where there is such a row."
+)
 
 
 def bounds() -> list[str]:
@@ -125,21 +135,45 @@ def bounds() -> list[str]:
     found = json.loads(MEASURED.read_text())
     machine = ", ".join(f"{value} {key}" if key == "cpus" else f"{key} {value}"
                         for key, value in found["machine"].items())  # fmt: skip
-    table = [BOUNDS.format(machine=machine).rstrip("\n")]
+    table = []
+    some_over = False
     for row in found["rows"]:
         bound = "" if row["worst"] is None else f"{row['worst']:g} ms"
         if row["typical"] is not None:
             bound = f"median {row['typical']:g} ms, {bound}"
         ms = row["ms"]
+        middle, worst = statistics.median(ms), max(ms)
+        late = row["typical"] is not None and middle > row["typical"]
+        late = late or (row["worst"] is not None and middle > row["worst"])
+        latest = row["worst"] is not None and worst > row["worst"]
+        some_over = some_over or late or latest
         cells = (
-            row["what"],
+            f"OVER: {row['what']}" if late or latest else row["what"],
             bound,
-            f"{statistics.median(ms):.1f} ms",
-            f"{max(ms):.1f} ms",
+            f"**{middle:.1f} ms**" if late else f"{middle:.1f} ms",
+            f"**{worst:.1f} ms**" if latest else f"{worst:.1f} ms",
+            _bare(row, found["rows"]),
             len(ms),
         )
         table.append("| " + " | ".join(map(str, cells)) + " |")
-    return table
+    over = SOME_OVER if some_over else NONE_OVER
+    return [BOUNDS.format(machine=machine, over=over).rstrip("\n"), *table]
+
+
+def _bare(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The median of the comparison that belongs to `row`, if one does. Rows name theirs; those that
+    were measured before they did have the one that is as large."""
+    size = re.search(r"of \d+ [MG]B", row["what"])
+    if row["what"].startswith(COMPARED):
+        return ""
+    for other in rows:
+        if "beside" in row:
+            belongs = other["what"] == row["beside"]
+        else:
+            belongs = size is not None and size[0] in other["what"]
+        if belongs and other["what"].startswith(COMPARED):
+            return f"{statistics.median(other['ms']):.1f} ms"
+    return ""
 
 
 def page() -> str:
