@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from dropin import DropIn
 from peers import PEERS
 from queues import Queues
 
@@ -25,6 +26,10 @@ from rankwise import WorkerGroup
 class Echo:
     def echo(self, value: object) -> object:
         return value
+
+
+def echo_worker(config: object, rank: int) -> Echo:
+    return Echo()
 
 
 Timing = Callable[[float], float]  # seconds to run -> median seconds a call
@@ -70,12 +75,15 @@ def subjects(ranks: int) -> Iterator[dict[str, Timing]]:
         )
         queues = Queues(ranks)
         stack.callback(queues.close)
+        drop_in = DropIn(ranks, echo_worker)
+        stack.callback(drop_in.close)
         found = {
             "call": timed(lambda n: group.call(Echo.echo, n)),
             "call, forked ranks": timed(lambda n: forked.call(Echo.echo, n)),
             "submit().result()": timed(lambda n: group.submit(Echo.echo, n).result()),
             "await": awaited(group),
             "queue design": timed(queues.call),
+            "drop-in": timed(lambda n: drop_in.call("echo", n)),
         }
         for name, start in PEERS.items():
             peer = start(ranks)

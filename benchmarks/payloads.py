@@ -1,10 +1,12 @@
 """What large arguments and results cost, beside one `memcpy` of them in the same round.
 
-    to N ranks      call(array), and every rank reads one byte of each page
+    to N ranks      call(array), and every rank reads one byte of each page; the same through the
+                    drop-in, whose workers are a group each: a copy for each of them
     back            a result of that size, and the caller reads one byte of each page
     shared          a `shared_array` of 1 GB, passed to all ranks
     5,000 arrays    of 1.6 KB in one call to one rank, with no more than 256 descriptors allowed
-    sweep           bytes a second that one rank is passed, from 1 KB to 1 GB, beside `memcpy`
+    sweep           bytes a second that one rank is passed, from 1 KB to 1 GB, beside `memcpy`, and
+                    the largest step down from a size to twice that size
 
 "cold" is the very first call: fresh memory is dear, used memory is used again.
 """
@@ -15,8 +17,11 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
+from dropin import DropIn
+from figures import spread
 
 from rankwise import WorkerGroup
 
@@ -39,6 +44,10 @@ class Reader:
         pass
 
 
+def reader_worker(config: object, rank: int) -> Reader:
+    return Reader(1)
+
+
 def seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
@@ -49,8 +58,13 @@ def measure(ranks: int, rounds: int, size: int = 256 * MB) -> dict[str, list[flo
     """Seconds of each row, one number a round; the first call of all stands alone."""
     source = np.ones(size, np.uint8)
     target = np.zeros(size, np.uint8)
-    found: dict[str, list[float]] = {"memcpy": [], "to all": [], "result": [], "shared 1 GB": []}
-    with WorkerGroup(Reader, ranks, args=(size,)) as group:
+    found: dict[str, list[float]] = {
+        "memcpy": [], "to all": [], "to all, drop-in": [], "result": [], "shared 1 GB": []
+    }  # fmt: skip
+    with (
+        WorkerGroup(Reader, ranks, args=(size,)) as group,
+        closing(DropIn(ranks, reader_worker)) as drop_in,
+    ):
         found["to all, cold"] = [seconds(lambda: group.call(Reader.read, source))]
         found["result, cold"] = [seconds(lambda: group[0].call(Reader.give)[::PAGE].sum())]
         shared = group.shared_array(1 << 30, "uint8")
@@ -58,6 +72,7 @@ def measure(ranks: int, rounds: int, size: int = 256 * MB) -> dict[str, list[flo
             took = {
                 "memcpy": seconds(lambda: np.copyto(target, source)),
                 "to all": seconds(lambda: group.call(Reader.read, source)),
+                "to all, drop-in": seconds(lambda: drop_in.call("read", source)),
                 "result": seconds(lambda: group[0].call(Reader.give)[::PAGE].sum()),
                 "shared 1 GB": seconds(lambda: group.call(Reader.nothing, shared)),
             }
@@ -80,24 +95,43 @@ def many(rounds: int, count: int = 5000) -> list[float]:
     return took[WARM:]
 
 
-def sweep(rounds: int, most: int = 1 << 30) -> tuple[dict[int, float], dict[int, float]]:
-    """Size -> bytes a second, to one rank that only takes it, and of a `memcpy` of that size at the
-    same time: the medians of `rounds`."""
-    found, copied = {}, {}
+Sweep = dict[int, list[float]]  # size -> bytes a second, one number a round
+
+
+def sweep(rounds: int, most: int = 1 << 30) -> tuple[Sweep, Sweep]:
+    """What one rank is passed that only takes it, and a `memcpy` of that size at the same time."""
+    found: Sweep = {}
+    copied: Sweep = {}
     with WorkerGroup(Reader, 1, args=(1,)) as group:
         size = 1 << 10
         while size <= most:
             array = np.ones(size, np.uint8)
             target = np.ones_like(array)
             times = max(1, min(200, (32 * MB) // size))
+            more = max(1, min(5000, (32 * MB) // size))  # of 1 KB: in 1 us
             calls, copies = [], []
             for _ in range(rounds + WARM):
                 calls.append(repeated(times, group.call, Reader.nothing, array))
-                copies.append(repeated(times, np.copyto, target, array))
-            found[size] = size / statistics.median(calls[WARM:])
-            copied[size] = size / statistics.median(copies[WARM:])
+                copies.append(repeated(more, np.copyto, target, array))
+            found[size] = [size / took for took in calls[WARM:]]
+            copied[size] = [size / took for took in copies[WARM:]]
             size *= 2
     return found, copied
+
+
+def step(rates: Sweep) -> tuple[float, int]:
+    """The largest step down: how many times slower a byte is than in an array of half the size, and
+    the size. Where a call costs the same whatever the size, the rate doubles: that is no step."""
+    middle = {size: statistics.median(values) for size, values in rates.items()}
+    return max((middle[size // 2] / middle[size], size) for size in list(middle)[1:])
+
+
+def relative(rates: Sweep, copies: Sweep) -> Sweep:
+    """The rate as a part of `memcpy`'s, round by round."""
+    return {
+        size: [rate / copy for rate, copy in zip(values, copies[size], strict=True)]
+        for size, values in rates.items()
+    }
 
 
 def repeated(times: int, function: Callable[..., object], *args: object) -> float:
@@ -111,28 +145,37 @@ def repeated(times: int, function: Callable[..., object], *args: object) -> floa
 def table(
     found: dict[str, list[float]],
     few: list[float],
-    swept: tuple[dict[int, float], dict[int, float]],
+    swept: tuple[Sweep, Sweep],
     ranks: int,
 ) -> str:
     lines = [f"{'ms, 256 MB, ' + str(ranks) + ' ranks':<24}{'median (least-most)':>24}{'x':>7}"]
     for name, values in found.items():
-        ms = sorted(value * 1e3 for value in values)
-        spread = f"{statistics.median(ms):.2f} ({ms[0]:.2f}-{ms[-1]:.2f})"
+        line = f"{name:<24}{spread(scaled(values, 1e3), 2):>24}"
         if len(values) == len(found["memcpy"]) and name != "shared 1 GB":
             times = statistics.median(
                 value / copy for value, copy in zip(values, found["memcpy"], strict=True)
             )
-            lines.append(f"{name:<24}{spread:>24}{times:>7.2f}")
-        else:
-            lines.append(f"{name:<24}{spread:>24}")
+            line += f"{times:>7.2f}"
+        lines.append(line)
     lines.append("x: times one memcpy, median of the ratios within each round")
-    ms = sorted(value * 1e3 for value in few)
-    spread = f"{statistics.median(ms):.1f} ({ms[0]:.1f}-{ms[-1]:.1f})"
-    lines.append(f"{'5,000 arrays of 1.6 KB':<24}{spread:>24}")
+    lines.append(f"{'5,000 arrays of 1.6 KB':<24}{spread(scaled(few, 1e3)):>24}")
     lines.append("")
-    lines.append("size to one rank        MB/s    memcpy")
+    lines.append(f"{'size to one rank':<18}{'MB/s':>24}{'memcpy':>24}{'of it':>20}")
     rates, copies = swept
-    for size, rate in rates.items():
-        shown = f"{size >> 10} KB" if size < MB else f"{size >> 20} MB"
-        lines.append(f"{shown:<18}{rate / 1e6:>10.0f}{copies[size] / 1e6:>10.0f}")
+    parts = relative(rates, copies)
+    for size in rates:
+        shown = [spread(scaled(of[size], 1e-6), 0) for of in swept]
+        part = spread(parts[size], 3)
+        lines.append(f"{named(size):<18}{shown[0]:>24}{shown[1]:>24}{part:>20}")
+    for what, of in (("a byte", rates), ("a byte, relative to memcpy's", parts)):
+        times, size = step(of)
+        lines.append(f"largest step: {what}, {times:.2f} x, {named(size // 2)} to {named(size)}")
     return "\n".join(lines)
+
+
+def scaled(values: list[float], factor: float) -> list[float]:
+    return [value * factor for value in values]
+
+
+def named(size: int) -> str:
+    return f"{size >> 10} KB" if size < MB else f"{size >> 20} MB"

@@ -17,11 +17,15 @@ COLORS = (
 )  # fmt: skip
 MARKERS = "so^vDPX*h"
 
+# In the table alone: as many lines as there are colours are as many as can be told apart.
+NOT_DRAWN = ("drop-in",)
+
 
 def plot_calls(results: dict[int, dict[str, list[float]]], machine: str, folder: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     sizes = list(results)
-    for index, name in enumerate(next(iter(results.values()))):
+    drawn = [name for name in next(iter(results.values())) if name not in NOT_DRAWN]
+    for index, name in enumerate(drawn):
         us = [statistics.median(found[name]) * 1e6 for found in results.values()]
         axes.plot(sizes, us, color=COLORS[index], marker=MARKERS[index], label=name)
     axes.set(
@@ -36,12 +40,12 @@ def plot_calls(results: dict[int, dict[str, list[float]]], machine: str, folder:
 
 
 def plot_sweep(
-    swept: dict[int, float], copied: dict[int, float], machine: str, folder: Path
+    swept: dict[int, list[float]], copied: dict[int, list[float]], machine: str, folder: Path
 ) -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    rates = [rate / 1e9 for rate in swept.values()]
+    rates = [statistics.median(values) / 1e9 for values in swept.values()]
     axes.plot(list(swept), rates, color=COLORS[1], marker="o", label="call")
-    copies = [rate / 1e9 for rate in copied.values()]
+    copies = [statistics.median(values) / 1e9 for values in copied.values()]
     axes.plot(list(copied), copies, color=COLORS[0], marker="s", linestyle="--", label="memcpy")
     axes.legend(fontsize=8)
     axes.set(

@@ -1,10 +1,14 @@
 """Calls a second when they are piled up, calls that come slowly, and what idleness costs.
 
-pipelined     submit 20,000 calls to one rank, then wait for them
-paced         a call every 3 ms, when everybody sleeps, beside a sleeping `multiprocessing.Pipe`
-idle          CPU time of driver, launcher and 4 workers while nothing is called
-every 5 ms    CPU time of a worker that is called so
-busy thread   a call while another thread of the driver computes in Python
+    pipelined     submit 20,000 calls to one rank, then wait for them
+    paced         a call every 3 ms, when everybody sleeps, beside a sleeping `multiprocessing.Pipe`
+    idle          CPU time of driver, launcher and 4 workers while nothing is called
+    every 5 ms    CPU time of a worker that is called so
+    busy thread   a call while another thread of the driver computes in Python
+    piled up      100,000 calls submitted before one is fetched (piled.py)
+    lags          of callbacks and of a loop, under 20,000 calls a second (lags.py)
+
+Every row has several short rounds, one number each; where a round has many calls, their median.
 """
 
 from __future__ import annotations
@@ -14,60 +18,70 @@ import os
 import statistics
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+import lags
+import piled
 from calls import Echo
+from figures import spread
 
 from rankwise import WorkerGroup
 
-TICK = os.sysconf("SC_CLK_TCK")
+Rows = dict[str, list[float]]  # row -> one number a round
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """User and system time of these processes so far."""
-    total = 0
-    for pid in pids:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / TICK
+    """User and system time of these processes so far, to the nanosecond: /proc counts in ticks."""
+    # The clock of another process, as clock_getcpuclockid(3) makes it.
+    return sum(time.clock_gettime(~pid << 3 | 2) for pid in pids)
 
 
-def pipelined(calls: int = 20_000) -> float:
+def pipelined(rounds: int, calls: int = 20_000) -> list[float]:
     """Calls a second to one rank."""
+    found = []
     with WorkerGroup(Echo, 1) as group:
-        best = 0.0
-        for _ in range(3):
+        for turn in range(rounds + 1):
             began = time.perf_counter()
             futures = [group.submit(Echo.echo, number) for number in range(calls)]
             futures[-1].result()
-            best = max(best, calls / (time.perf_counter() - began))
-        return best
+            if turn:  # the first warms up
+                found.append(calls / (time.perf_counter() - began))
+    return found
 
 
-def paced(gap: float = 3e-3, calls: int = 200) -> dict[str, float]:
-    """Median seconds of a call, one every `gap` seconds."""
+def paced(rounds: int, gap: float = 3e-3, calls: int = 60) -> Rows:
+    """Seconds of a call, one every `gap` seconds."""
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=answer, args=(theirs,), daemon=True)
     process.start()
-    samples: dict[str, list[float]] = {"rankwise": [], "Pipe": []}
+    found: Rows = {"call": [], "Pipe": []}
     with WorkerGroup(Echo, 1) as group:
-        ours.send(0)
-        ours.recv()
-        for number in range(calls):
-            for name in samples:
-                time.sleep(gap)
-                began = time.perf_counter()
-                if name == "Pipe":
-                    ours.send(("echo", (number,), {}))
-                    ours.recv()
-                else:
-                    group.call(Echo.echo, number)
-                samples[name].append(time.perf_counter() - began)
+
+        def through_pipe() -> None:
+            ours.send(("echo", (0,), {}))
+            ours.recv()
+
+        subjects = {"call": lambda: group.call(Echo.echo, 0), "Pipe": through_pipe}
+        through_pipe()
+        for _ in range(rounds):
+            samples: Rows = {name: [] for name in subjects}
+            for _ in range(calls):
+                for name, subject in subjects.items():
+                    time.sleep(gap)
+                    samples[name].append(seconds(subject))
+            for name, values in samples.items():
+                found[name].append(statistics.median(values))
     ours.send(None)
     process.join()
-    return {name: statistics.median(values) for name, values in samples.items()}
+    return found
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def answer(pipe: Connection) -> None:
@@ -75,32 +89,38 @@ def answer(pipe: Connection) -> None:
         pipe.send(task)
 
 
-def idle(seconds: float = 5.0) -> float:
+def idle(rounds: int, length: float = 2.0) -> list[float]:
     """Share of one core that a group of 4 takes while nothing is called."""
     with WorkerGroup(Echo, 4) as group:
         group.call(Echo.echo, 0)
         launcher = group[0].call(lambda worker: os.getppid())
         pids = [os.getpid(), launcher, *group.pids]
         time.sleep(1.5)
-        before = cpu_seconds(pids)
-        time.sleep(seconds)
-        return (cpu_seconds(pids) - before) / seconds
+        found = []
+        for _ in range(rounds):
+            before = cpu_seconds(pids)
+            time.sleep(length)
+            found.append((cpu_seconds(pids) - before) / length)
+        return found
 
 
-def every_5_ms(seconds: float = 4.0) -> float:
+def every_5_ms(rounds: int, length: float = 1.0) -> list[float]:
     """Share of one core that a worker takes which is called every 5 ms."""
     with WorkerGroup(Echo, 1) as group:
         group.call(Echo.echo, 0)
-        before = cpu_seconds(group.pids)
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            group.call(Echo.echo, 0)
-            time.sleep(5e-3)
-        return (cpu_seconds(group.pids) - before) / seconds
+        found = []
+        for _ in range(rounds):
+            before = cpu_seconds(group.pids)
+            began = time.monotonic()
+            while time.monotonic() < began + length:
+                group.call(Echo.echo, 0)
+                time.sleep(5e-3)
+            found.append((cpu_seconds(group.pids) - before) / (time.monotonic() - began))
+        return found
 
 
-def beside_a_busy_thread(seconds: float = 1.0) -> float:
-    """Median seconds of a call while another thread of the driver holds the interpreter."""
+def beside_a_busy_thread(rounds: int, length: float = 0.6) -> list[float]:
+    """Seconds of a call while another thread of the driver holds the interpreter."""
     stop = threading.Event()
 
     def compute() -> None:
@@ -108,32 +128,47 @@ def beside_a_busy_thread(seconds: float = 1.0) -> float:
         while not stop.is_set():
             number += 1
 
+    found = []
     with WorkerGroup(Echo, 1) as group:
         group.call(Echo.echo, 0)
         thread = threading.Thread(target=compute)
         thread.start()
-        samples = []
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            began = time.perf_counter()
-            group.call(Echo.echo, 0)
-            samples.append(time.perf_counter() - began)
+        for _ in range(rounds):
+            samples = []
+            end = time.monotonic() + length
+            while time.monotonic() < end:
+                samples.append(seconds(lambda: group.call(Echo.echo, 0)))
+            found.append(statistics.median(samples))
         stop.set()
         thread.join()
-        return statistics.median(samples)
+    return found
 
 
-def measure() -> dict[str, float]:
-    slow = paced()
+def measure(rounds: int) -> Rows:
+    slow = paced(rounds)
     return {
-        "pipelined calls a second": pipelined(),
-        "paced call, us": slow["rankwise"] * 1e6,
-        "paced Pipe, us": slow["Pipe"] * 1e6,
-        "idle group of 4, % of a core": idle() * 100,
-        "worker called every 5 ms, % of a core": every_5_ms() * 100,
-        "call beside a busy thread, us": beside_a_busy_thread() * 1e6,
+        "pipelined calls a second": pipelined(rounds),
+        "paced call, us": scaled(slow["call"], 1e6),
+        "paced Pipe, us": scaled(slow["Pipe"], 1e6),
+        "idle group of 4, % of a core": scaled(idle(rounds), 100),
+        "worker called every 5 ms, % of a core": scaled(every_5_ms(rounds), 100),
+        "call beside a busy thread, us": scaled(beside_a_busy_thread(rounds), 1e6),
+        **piled.measure(min(rounds, 3)),
+        **lags.measure(rounds),
     }
 
 
-def table(found: dict[str, float]) -> str:
-    return "\n".join(f"{name:<40}{value:>12.1f}" for name, value in found.items())
+def scaled(values: list[float], factor: float) -> list[float]:
+    return [value * factor for value in values]
+
+
+def table(found: Rows) -> str:
+    lines = [f"{'':<50}{'median (least-most)':>30}"]
+    lines += [f"{name:<50}{spread(values, digits(values)):>30}" for name, values in found.items()]
+    return "\n".join(lines)
+
+
+def digits(values: list[float]) -> int:
+    """As many as a reader can use: none where the number has four before the point."""
+    middle = statistics.median(values)
+    return 0 if middle >= 1000 else 1 if middle >= 10 else 2

@@ -3,7 +3,7 @@
     python benchmarks/run.py [--only calls payloads rates startup] [--ranks 1 2 4 8] [--rounds 5]
                              [--seconds 0.25] [--out docs/benchmarks]
 
-Prints tables; with --out it writes them as JSON, and plots, to that folder.
+Prints tables; with --out it writes every row's rounds as JSON, and plots, to that folder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import calls
+import memory
+import of_torch
 import payloads
 import rates
 import startup
@@ -54,7 +56,7 @@ def main() -> None:
     found: dict[str, object] = {"machine": about}
     called: dict[int, dict[str, list[float]]] = {}
     started: startup.Rows = {}
-    swept: tuple[dict[int, float], dict[int, float]] = ({}, {})
+    swept: tuple[payloads.Sweep, payloads.Sweep] = ({}, {})
     if "calls" in options.only:
         for ranks in options.ranks:
             called[ranks] = calls.measure(ranks, options.rounds, options.seconds)
@@ -68,8 +70,13 @@ def main() -> None:
         found |= {"payloads": large, "5,000 arrays": few}
         found |= {"throughput": swept[0], "memcpy": swept[1]}
         print(payloads.table(large, few, swept, 4), end="\n\n", flush=True)
+        found["memory"] = taken = memory.measure(4, options.rounds)
+        print(memory.table(taken, 4), end="\n\n", flush=True)
+        laid_out, typed = of_torch.measure(options.rounds)
+        found |= {"tensors": laid_out, "types of tensors": typed}
+        print(of_torch.table(laid_out, typed), end="\n\n", flush=True)
     if "rates" in options.only:
-        found["rates"] = measured = rates.measure()
+        found["rates"] = measured = rates.measure(options.rounds)
         print(rates.table(measured), end="\n\n", flush=True)
     if "startup" in options.only:
         found["startup"] = started = startup.measure(options.rounds)
@@ -82,7 +89,7 @@ def write(
     folder: Path,
     found: dict[str, object],
     called: dict[int, dict[str, list[float]]],
-    swept: tuple[dict[int, float], dict[int, float]],
+    swept: tuple[payloads.Sweep, payloads.Sweep],
     started: startup.Rows,
     described: str,
 ) -> None:
