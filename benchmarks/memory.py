@@ -90,7 +90,7 @@ def measure(ranks: int, rounds: int, size: int = 256 * MB) -> dict[str, list[flo
             Path(f"/proc/{pid}/clear_refs").write_text("5")
             peaks[pid] = field(f"/proc/{pid}/status", "VmRSS")
         for _ in range(rounds):
-            counter = threading.Thread(target=count)
+            counter = threading.Thread(target=count, daemon=True)
             counter.start()
             group.call(Stayer.stay, source, told, let_go)
             counter.join()
