@@ -25,7 +25,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -57,7 +56,7 @@ class Task(NamedTuple):
     text: str
     prompt: list[int]  # `text` as tokens
     limit: int  # so many new ones at most
-    stop: set[int]  # those that end a text
+    stop: list[int]  # those that end a text
     placement: dict[str, Any]
 
 
@@ -123,23 +122,19 @@ def load(path: str) -> Any:
     """
     import torch
     import transformers
+    from transformers.distributed import DistributedConfig
 
     auto: Any = transformers.AutoModelForCausalLM
     # It fills the parameters that the files lack, before it tells which these are.
     warnings.filterwarnings("ignore", message="DTensor random operators")
-    options: dict[str, Any] = {"tp_plan": "auto"}
-    with suppress(ImportError, TypeError):  # older releases have no other way
-        from transformers.distributed import DistributedConfig
-
-        # The size of the mesh is WORLD_SIZE, its process group the one that we have joined.
-        options = {"distributed_config": DistributedConfig(tp_plan="auto")}
     try:
         model, found = auto.from_pretrained(
             path,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,  # they are listed in `found`, by name
             output_loading_info=True,
-            **options,
+            # The size of the mesh is WORLD_SIZE, its process group the one that we have joined.
+            distributed_config=DistributedConfig(tp_plan="auto"),
         )
     except Exception as error:
         raise ValueError(f"cannot load {path}: {first_sentence(error)}") from error
@@ -166,7 +161,9 @@ def give_up(why: str) -> NoReturn:
 
 
 def first_sentence(error: BaseException) -> str:
-    return re.split(r"(?<=[.!])\s|\n", str(error).strip() or type(error).__name__)[0]
+    """Up to a full stop or the end of the line; a line that ends in a colon goes on in the next."""
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip() or type(error).__name__)
+    return re.split(r"(?<=[.!])\s|\n", text)[0]
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -184,7 +181,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         except FileNotFoundError:
             if name == "config.json":
                 give_up(f"{directory} has no config.json: not a model directory")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             give_up(f"cannot read {file}: {first_sentence(error)}")
     return settings
 
@@ -202,15 +199,15 @@ def check(config: dict[str, Any], prompt: list[int], world_size: int, limit: int
     """What would fail in the workers, or worse, not fail: told before any of them is started."""
     if world_size < 1 or limit < 1:
         give_up("--world-size and --max-new-tokens must be at least 1")
+    numbers = {name: n for name, n in config.items() if isinstance(n, int)}  # and else it fails
     for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = config.get(name)
-        if isinstance(heads, int) and heads % world_size:
+        if (heads := numbers.get(name, 0)) % world_size:
             give_up(f"{name} is {heads}, which {world_size} ranks cannot share")
     if not prompt:
         give_up("the prompt is empty")
-    if max(prompt) >= config.get("vocab_size", sys.maxsize):
+    if max(prompt) >= numbers.get("vocab_size", sys.maxsize):
         give_up("tokenizer.json has more tokens than the vocab_size in config.json")
-    room = config.get("max_position_embeddings", sys.maxsize)
+    room = numbers.get("max_position_embeddings", sys.maxsize)
     if len(prompt) + limit > room:
         give_up(f"{len(prompt)} tokens of prompt and {limit} new ones exceed the model's {room}")
 
@@ -271,7 +268,7 @@ def run(options: argparse.Namespace) -> None:
     prompt = tokenizer.encode(options.prompt).ids
     check(config, prompt, options.world_size, options.max_new_tokens)
     eos = config.get("eos_token_id")
-    stop = set(eos if isinstance(eos, list) else [eos])
+    stop = eos if isinstance(eos, list) else [eos]
     where = placement(options.world_size)
     task = Task(options.model, options.prompt, prompt, options.max_new_tokens, stop, where)
     tokens, rate = write(task, options.world_size, shown_by=tokenizer)
@@ -293,6 +290,7 @@ parser.add_argument("--max-new-tokens", type=int, default=96)
 try:
     run(parser.parse_args())
 except WorkerGroupError as error:  # its cause is what the rank itself raised
+    print(flush=True)  # the text may have ended in the middle of a line
     give_up(first_sentence(error.__cause__ or error))
 except KeyboardInterrupt:
     print()
