@@ -226,15 +226,27 @@ def _leave(worker: object) -> None:
         outcome = capture(leave, worker, None, None, None)
         if isinstance(outcome, Failed):
             _print_error("rankwise: the worker's __exit__ failed", outcome.error)
-    tunable = getattr(getattr(sys.modules.get("torch"), "cuda", None), "tunable", None)
-    if tunable is not None:
-        try:
-            if tunable.is_enabled() and tunable.tuning_is_enabled():
-                tunable.write_file()
-        except AttributeError:
-            pass  # a build of torch without CUDA has the module, but nothing behind it
-        except Exception as error:
-            _print_error("rankwise: TunableOp's results could not be written", error)
+    write_tunable_results()
+
+
+def write_tunable_results() -> None:
+    """Write what torch's TunableOp has found out, where tuning is on. torch is not imported for it.
+
+    From 2.10 on torch writes each result as it finds it, and has no `write_file`.
+    """
+    torch: Any = sys.modules.get("torch")
+    tunable = getattr(getattr(torch, "cuda", None), "tunable", None)
+    write = getattr(tunable, "write_file", None)
+    if tunable is None or write is None:
+        return
+    try:
+        # The device last: to look for one may take longer than the rest of a rank's end.
+        if tunable.is_enabled() and tunable.tuning_is_enabled() and torch.cuda.is_available():
+            write()
+    except AttributeError:
+        pass  # a build of torch without CUDA has the module, but nothing behind it
+    except Exception as error:
+        _print_error("rankwise: TunableOp's results could not be written", error)
 
 
 def _print_error(what: str, error: BaseException) -> None:

@@ -27,9 +27,8 @@ from rankwise.compat.multiproc_worker_utils import (
 
 
 @pytest.fixture
-def streams(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
+def streams(capsys):
+    """Its own: what is prefixed once stays so, and pytest's are there until the end."""
 
 
 def test_run_worker_process_in_a_thread(streams, caplog):

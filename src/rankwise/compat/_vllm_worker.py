@@ -138,7 +138,9 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def _end_in_order() -> NoReturn:
-    _write_tunable_results()
+    from rankwise._serve import write_tunable_results
+
+    write_tunable_results()
     logger.info("Worker exiting")
     _leave_process(0)
 
@@ -190,16 +192,6 @@ def _leave_process(status: int) -> NoReturn:
         os._exit(status)
 
 
-def _write_tunable_results() -> None:
-    """Write what TunableOp has found out, where tuning is on. torch is not imported for it."""
-    torch = sys.modules.get("torch")
-    tunable = getattr(getattr(torch, "cuda", None), "tunable", None)
-    if torch is None or tunable is None or not torch.cuda.is_available():
-        return
-    if tunable.is_enabled() and tunable.tuning_is_enabled():
-        tunable.write_file()
-
-
 # -- in a process or thread of somebody else's ------------------------------------------------
 
 
@@ -217,6 +209,8 @@ def _run_worker_process(
     a task's SystemExit. What the factory raises is raised.
     """
     import multiprocessing
+
+    from rankwise._serve import write_tunable_results
 
     process = multiprocessing.current_process().name
     pid = os.getpid()
@@ -243,7 +237,7 @@ def _run_worker_process(
         pass
     except Exception:
         logger.exception("Worker failed")
-    _write_tunable_results()
+    write_tunable_results()
     logger.info("Worker exiting")
 
 
