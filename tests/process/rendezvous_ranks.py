@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from pathlib import Path
 
 from rankwise import worker_info
 
@@ -41,22 +42,46 @@ class Meeting:
 
 
 class Reduction:
-    """Two ranks of torch's process group, met by rankwise or by torch alone."""
+    """Two ranks of torch's process groups: met by torch alone, then by rankwise."""
 
-    def __init__(self, group: int, ours: bool) -> None:
+    def __init__(self, group: int) -> None:
+        self.group = group
+        self.again = False
+
+    def plain(self) -> tuple[float, int]:
         import torch.distributed
 
-        self.group = group
-        if ours:
-            import rankwise.torch
+        # Who comes before rank 0 listens is refused, and torch has it sleep for half a second. That
+        # is seen once a start; it is not what takes a port away.
+        if self.again and worker_info().rank:
+            listening(worker_info().master_port)
+        self.again = True
+        torch.distributed.init_process_group("gloo")
+        return self.reduce()
 
-            rankwise.torch.init_process_group(timeout=LIMIT)
-        else:
-            torch.distributed.init_process_group("gloo")
+    def ours(self) -> tuple[float, int]:
+        import rankwise.torch
 
-    def meet(self) -> tuple[float, int]:
+        rankwise.torch.init_process_group(timeout=LIMIT)
+        return self.reduce()
+
+    def reduce(self) -> tuple[float, int]:
         import torch
 
         total = torch.tensor([float(self.group)])
         torch.distributed.all_reduce(total)
+        torch.distributed.destroy_process_group()
         return total.item() / 2, worker_info().master_port
+
+
+def listening(port: int) -> None:
+    """Wait until somebody listens on `port`, without a connection to it."""
+    until = time.monotonic() + LIMIT
+    while not any(
+        fields[3] == "0A" and fields[1].endswith(f":{port:04X}")
+        for table in Path("/proc/net").glob("tcp*")  # tcp6 too, where there is one
+        for fields in map(str.split, table.read_text().splitlines())
+    ):
+        if time.monotonic() > until:
+            raise TimeoutError(f"nobody listens on {port}")
+        time.sleep(0.001)

@@ -6,8 +6,15 @@
 
 A rendezvous that chooses a port, lets go of it and has rank 0 bind it later loses it to the grabber
 (or to another group) sooner or later. Neither rankwise's nor torch's own, with the MASTER_PORT that
-a group reserves, ever does. Who is let go of lasts for a second here, so a loss shows within a few
-rounds; RANKWISE_RENDEZVOUS_ROUNDS says how many there are, and with torch a tenth of them.
+a group reserves, ever does. A port that is let go of lasts for a second here, so a loss shows
+within a few rounds.
+
+There are fifty rounds of each kind. A start takes ranks a hundred times as long as to meet, so they
+meet several times before they start again at another port: each time anew, at a port that was let
+go of a moment ago but for its reservation. RANKWISE_RENDEZVOUS_ROUNDS says how many rounds there
+are, and then each has a start of its own.
+
+A start is a restart: it reserves a port as the first one does, and imports nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +27,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 from rendezvous_ranks import LIMIT, Meeting, Reduction
@@ -29,8 +38,8 @@ from rendezvous_ranks import LIMIT, Meeting, Reduction
 from rankwise import WorkerGroup, worker_info
 
 GROUPS = 8
-ROUNDS = int(os.environ.get("RANKWISE_RENDEZVOUS_ROUNDS", "15"))
-ROUNDS_WITH_TORCH = max(1, ROUNDS // 10)
+ASKED = os.environ.get("RANKWISE_RENDEZVOUS_ROUNDS")
+ROUNDS = int(ASKED or 50)
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
 
@@ -110,30 +119,64 @@ def _is_taken(port: int) -> bool:
 # -- eight groups at once ----------------------------------------------------------------------
 
 
-def _rounds(count: int, start: object, label: str) -> None:
-    """`count` rounds: `start(index)` makes the group `index`, all eight at the same moment."""
+@contextmanager
+def _eight(target: Callable[..., object], **options: Any) -> Iterator[list[WorkerGroup]]:
+    """Eight groups of two ranks each, which know the number of their group."""
+
+    def make(index: int) -> WorkerGroup:
+        return WorkerGroup(target, 2, args=(index,), start_method="forkserver", **options)
+
+    with ThreadPoolExecutor(GROUPS) as pool, ExitStack() as stack:
+        yield [stack.enter_context(group) for group in pool.map(make, range(GROUPS))]
+
+
+@pytest.fixture
+def meetings() -> Iterator[list[WorkerGroup]]:
+    with _eight(Meeting) as groups:
+        yield groups
+
+
+@pytest.fixture
+def reductions() -> Iterator[list[WorkerGroup]]:
+    # torch asks for the name of each loopback address that it connects to. No name server is asked
+    # for it here: where none answers, that takes five seconds.
+    silent = {"RES_OPTIONS": "attempts:0"}
+    with _eight(Reduction, preload=("torch.distributed",), env=silent, logs="off") as groups:
+        yield groups
+
+
+def _rounds(groups: list[WorkerGroup], *kinds: str, every: int) -> None:
+    """All rounds of rendezvous of these kinds, which are methods of the ranks: in all groups at the
+    same moment. Before every so many rounds all of them start again."""
     barrier = threading.Barrier(GROUPS)
+    every = 1 if ASKED else every
 
-    def one(index: int) -> set[tuple[float, int]]:
+    def one(group: WorkerGroup, number: int) -> list[set[tuple[float, int]]]:
         barrier.wait(LIMIT)
-        with start(index) as group:
-            met = group.submit("meet").result(LIMIT)
-        return set(met)
+        if number % every == 0:
+            group.restart()
+        return [set(group.submit(kind).result(LIMIT)) for kind in kinds]
 
+    ports: set[int] = set()
     seconds = []
+    starts = len(range(0, ROUNDS, every))
     with ThreadPoolExecutor(GROUPS) as pool:
-        for _ in range(count):
+        for number in range(ROUNDS):
             began = time.monotonic()
-            answers = list(pool.map(one, range(GROUPS)))
+            answers = list(pool.map(one, groups, [number] * GROUPS))
             seconds.append(time.monotonic() - began)
-            # Both ranks of group i have met each other, and nobody of another group.
-            assert [{value for value, _ in answer} for answer in answers] == [
-                {index} for index in range(GROUPS)
-            ]
-            assert len({port for answer in answers for _, port in answer}) == GROUPS
+            for met in zip(*answers, strict=True):
+                # Both ranks of group i have met each other, and nobody of another group.
+                assert [{value for value, _ in answer} for answer in met] == [
+                    {index} for index in range(GROUPS)
+                ]
+                told = {port for answer in met for _, port in answer}
+                assert len(told) == GROUPS
+                ports |= told
     print(
-        f"{label}: {count} rounds of {GROUPS} groups; a round took {min(seconds):.2f} to "
-        f"{max(seconds):.2f} s, {sum(seconds):.0f} s in all"
+        f"{' and '.join(kinds)}: {ROUNDS} rounds of {GROUPS} groups, {starts} starts, "
+        f"{len(ports)} ports; a round took {min(seconds):.2f} to {max(seconds):.2f} s, "
+        f"{sum(seconds):.0f} s in all"
     )
 
 
@@ -141,28 +184,14 @@ def _rounds(count: int, start: object, label: str) -> None:
 
 
 @pytest.mark.limit(LIMIT * (ROUNDS // 10 + 1))
-def test_a_reserved_port_is_never_lost(grabber):
-    def start(index: int) -> WorkerGroup[Meeting]:
-        return WorkerGroup(Meeting, 2, args=(index,), start_method="forkserver")
-
-    _rounds(ROUNDS, start, "MASTER_PORT")
+def test_a_reserved_port_is_never_lost(meetings, grabber):
+    _rounds(meetings, "meet", every=5)
 
 
 @needs_torch
-@pytest.mark.limit(LIMIT * (ROUNDS_WITH_TORCH + 1))
-@pytest.mark.parametrize("how", ["ours", "plain"])
-def test_eight_groups_at_once_never_collide(how, grabber):
-    def start(index: int) -> WorkerGroup[Reduction]:
-        return WorkerGroup(
-            Reduction,
-            2,
-            args=(index, how == "ours"),
-            start_method="forkserver",
-            preload=("torch",),
-            start_timeout=LIMIT,
-        )
-
-    _rounds(ROUNDS_WITH_TORCH, start, how)
+@pytest.mark.limit(LIMIT * (ROUNDS // 10 + 1))
+def test_eight_groups_at_once_never_collide(reductions, grabber):
+    _rounds(reductions, "plain", "ours", every=10)
 
 
 def test_a_reserved_port_is_refused_to_everybody_else():
