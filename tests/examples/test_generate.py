@@ -9,6 +9,7 @@ A start costs some six seconds, nearly all of them the imports of torch and tran
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import os
 import re
 import select
@@ -24,15 +25,19 @@ import pytest
 
 from rankwise.testing import leak_check
 
-for name in ("torch", "transformers", "accelerate", "safetensors", "tokenizers"):
-    pytest.importorskip(name)
+# Not imported: that takes as long as a start.
+NEEDED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers")
+ABSENT = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tensor_parallel" / "generate.py"
 CHECKPOINT = EXAMPLE.with_name("checkpoint")
 SECONDS = 120  # an import of torch may take ten times as long where others compute too
 LIMIT = 3 * SECONDS
 
-pytestmark = pytest.mark.limit(LIMIT)
+pytestmark = [
+    pytest.mark.skipif(bool(ABSENT), reason=f"needs {', '.join(ABSENT)}"),
+    pytest.mark.limit(LIMIT),
+]
 
 PROMPT = "Create a new process"
 TEXT = PROMPT + " object and return the result of the call"
