@@ -159,7 +159,9 @@ def explain(
             elif exiting:
                 text = f"{engine.name} takes no more calls: the interpreter is exiting"
             else:
-                outlook = engine.outlook or "is closed and takes no more calls: make a new group"
+                # What is to follow on a break is known beforehand; the user's own close is none.
+                outlook = engine.outlook if engine.retired else None
+                outlook = outlook or "is closed and takes no more calls: make a new group"
                 text = f"{engine.name} {outlook}"
             return GroupClosed(text)
         case Cancelled():

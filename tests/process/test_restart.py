@@ -66,6 +66,15 @@ def test_a_launcher_with_a_thread_spawns_after_a_restart_too(tmp_path: Any) -> N
         sys.path.remove(str(tmp_path))
 
 
+def test_who_calls_a_group_that_is_being_closed_is_not_told_of_a_restart() -> None:
+    with WorkerGroup(Worker, 1, start_method="forkserver", restart=Restart(1, 0.0)) as group:
+        group.submit(Worker.stay)
+        group.shutdown(wait=False)
+        with pytest.raises(GroupClosed, match="workers is closed and takes no more calls"):
+            group.call(Worker.count)
+        group.kill()
+
+
 @pytest.mark.parametrize("start_method", STARTS)
 def test_the_new_ranks_inherit_what_the_old_ones_did(
     start_method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
