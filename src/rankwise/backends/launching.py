@@ -168,12 +168,12 @@ def start_launcher(spec: GroupSpec, stack: ExitStack, warm: Held | None) -> Star
     flags = _interpreter_flags(environments)
     sockets = []
     theirs = []
-    for _ in range(size):
-        ours, other = socket.socketpair()
-        sockets.append(stack.enter_context(ours))
-        theirs.append(other)
     status_fd = -1
     try:
+        for _ in range(size):
+            ours, other = socket.socketpair()
+            sockets.append(stack.enter_context(ours))
+            theirs.append(other)
         status_fd = _status.make_status(size)
         status = _status.StatusPage(size, status_fd)
         news = _status.News(size, status_fd)
