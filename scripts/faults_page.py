@@ -31,15 +31,18 @@ _WAITERS = {
 HEAD = """# What happens when something goes wrong
 
 Each row is a test of `tests/faults`, run with every combination of what it lists; this page is
-made of the tests' own parameters (`scripts/faults_page.py`). "within" is what each of these tests
-asserts of itself, start and end of the group included: it tells a hang from an answer, and is no
-measurement; those are at the end. `make soak` plays all of it at random.
+made of the tests' own parameters (`scripts/faults_page.py`). "told" is when the caller hears of it,
+by the contract: "at once" is as soon as the kernel has closed the dead process's descriptors (about
+1 ms, and some 30 ms for each GB that it must free first), or the rank's own word is there. "test
+fails after" is the limit that each of these tests has for itself, start and end of the group
+included: it tells a hang from an answer on a machine that stalls, and is no measurement; those are
+at the end. `make soak` plays all of it at random.
 
 Waiters: `call`; `result` of a future; a `callback` on one; `await` of one; `each`, the futures of
 `submit_each`.
 
-| stage | fault | started by | waiter | the caller gets | within |
-|---|---|---|---|---|---|
+| stage | fault | started by | waiter | the caller gets | told | test fails after |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -73,6 +76,7 @@ def _row(cell: dict[str, Any], marks: list[Any]) -> str:
         ", ".join(values.get("method", values.get("options", [cell.get("method", "spawn")]))),
         ", ".join(values.get("waiter", [waiter])),
         cell["gets"],
+        cell["told"],
         f"{cell['within']} s",
     ]
     return "| " + " | ".join(columns) + " |"
@@ -91,19 +95,32 @@ ABSENT = """
 
 - **One waiter** where others could wait: every waiter is handed the same settled call, and the
   rows with all of them show that. `await WorkerGroup.start(...)` gets what the constructor raises
-  (tests/process/test_asyncio.py).
-- **spawn** with a fault of the user's code: none of it runs yet.
+  (tests/process/test_asyncio.py). `await` in a driver without descriptors: a loop that is not
+  there yet cannot be made then, and one that is there gets what a callback gets.
+- **spawn** with a fault of the user's code: none of it runs yet. An interpreter that ends by itself
+  there is the row with SystemExit; whether by that or by `os._exit`, its parent sees one status.
+- **ready** is a moment, between the constructor's return and the first call: the rows that go
+  wrong after so many microseconds fall before it, into it and after it. What is raised there is
+  raised in `__enter__`, or in a thread of the user's; the launcher's death there is that of
+  construct or idle.
 - **idle** with something raised: nothing runs. What a thread of the user's raises ends that
   thread, as in any Python process, and not the rank.
 - **unpicklable, unrebuildable** at any other stage: only arguments and results travel. The
   constructor's arguments are pickled before there is a process
-  (tests/contract/test_construction.py).
+  (tests/contract/test_construction.py); one that cannot be rebuilt in the rank is import x raise.
 - **out of memory** by the kernel's hand is SIGKILL; `WorkerDied.oom_killed` tells it
   (tests/unit/test_reaper.py plays the kernel). A message that there is no room for is a
-  MemoryError of that call (tests/process/test_g10_large_payloads.py).
+  MemoryError of that call (tests/process/test_g10_large_payloads.py). At spawn there is nobody to
+  raise it: an interpreter that has no memory ends, as in the rows of spawn.
 - **disk full** and files of rankwise's own: it has none.
-- **large transfer** with a fault of the user's code: that is loaded and pickled as any other is,
-  in the row of receive, run and reply.
+- **log pipe full** at spawn, import, receive or reply: a pipe does not know what the rank is at;
+  the rows of start, run, large transfer and close fill it before, in and after a call.
+- **descriptor limit reached** at import, receive or reply: reached in the constructor, it is there
+  for every call that follows, and what the user's own code opens raises that code's OSError.
+- **large transfer** with something raised: it is loaded and pickled as anything else is, in the row
+  of receive, run and reply. Memory that ends in it is a MemoryError of that call, as above.
+- **close** with memory, a disk or descriptors that the worker's own `__exit__` has none of: that is
+  something raised in it. A rank that sticks in a call at close is "run, then close".
 - **stream**: there are no streams yet.
 """
 

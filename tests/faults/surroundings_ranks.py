@@ -7,6 +7,8 @@ import resource
 import signal
 from typing import Any
 
+from faulty import RANK
+
 
 class Worker:
     def parent(self) -> int:
@@ -58,21 +60,40 @@ class Prints(Worker):
         self.print_much(1 << 20)
 
 
+class ExhaustsDescriptors(Worker):
+    """Has none left from its construction on."""
+
+    def __init__(self) -> None:
+        self.exhaust_descriptors()
+
+
 class KillsItsLauncher(Worker):
     """When it is made or told to leave, and is rank 1."""
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self, stage: str, bomb: object = None) -> None:
         self.stage = stage
-        if stage == "construct" and os.environ["RANK"] == "1":
-            os.kill(os.getppid(), signal.SIGKILL)
-            signal.pause()
+        if stage == "construct":
+            _kill_launcher()
 
     def __enter__(self) -> KillsItsLauncher:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.stage == "exit" and os.environ["RANK"] == "1":
+        if self.stage == "exit" and os.environ["RANK"] == str(RANK):
             os.kill(os.getppid(), signal.SIGKILL)
+
+
+class LauncherBomb:
+    """Kills the launcher of rank 1, when it is unpickled there."""
+
+    def __reduce__(self) -> Any:
+        return _kill_launcher, ()
+
+
+def _kill_launcher() -> None:
+    if os.environ["RANK"] == str(RANK):
+        os.kill(os.getppid(), signal.SIGKILL)
+        signal.pause()
 
 
 def want(what: str) -> None:

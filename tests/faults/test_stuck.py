@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from faulty import RANK, Bomb, Faulty, hold_gil
 from stuck_ranks import Clockwork
-from test_no_caller_waits_forever import START, methods, start
+from test_no_caller_waits_forever import START, methods, start, start_that_sticks
 from untold import late
 from waiters import NAMES, Everybody, by_each, waiters
 
@@ -29,7 +29,7 @@ from rankwise import (
     WorkerDied,
     WorkerGroup,
 )
-from rankwise.testing import delay, faults, kill
+from rankwise.testing import delay, faults, kill, refuse
 from rankwise.testing import hold_gil as planned_hold
 
 cell = pytest.mark.cell
@@ -71,6 +71,7 @@ def wait_out(waiter: Callable[..., None], group: WorkerGroup, *args: object) -> 
     stage="receive, run, reply",
     gets="CallTimeout at the deadline: answered, missing, and for each its state, CPU, "
     "stack and last line; the other ranks go on",
+    told="at its deadline, and 0.15 s later at most",
     within=8,
 )
 @methods
@@ -101,6 +102,7 @@ def _hold_in_a_thread(worker: Any) -> None:
 @cell(
     stage="idle, large transfer",
     gets="CallTimeout at the deadline; the call is with the rank, and runs when that goes on",
+    told="at its deadline, and 0.15 s later at most",
     within=8,
 )
 @methods
@@ -130,6 +132,7 @@ def test_a_rank_that_does_not_take_its_call_costs_its_timeout(
     stage="run, then close",
     waiter=NAMES,
     gets="GroupClosed when close() has waited its timeout; the rank is killed",
+    told="after the timeout of `close`; the rank has 1 s more",
     within=8,
 )
 @methods
@@ -149,24 +152,30 @@ def test_close_ends_every_wait_for_a_stuck_rank(fault: str, method: str, made) -
 @cell(
     stage="spawn",
     gets="StartupError: rank, phase 'spawn', exit status; its cause is a WorkerDied",
+    told="at once",
     within=8,
 )
 @methods
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGSEGV", "SIGABRT", "SIGTERM"])
+@pytest.mark.parametrize("fault", ["SystemExit", "SIGKILL", "SIGSEGV", "SIGABRT", "SIGTERM"])
 def test_a_rank_that_dies_before_it_has_read_anything(fault: str, method: str) -> None:
-    number = getattr(signal, fault)
+    if fault == "SystemExit":
+        plan, status, words = refuse(RANK, at="spawn"), 1, "exited with status 1"
+    else:
+        number = getattr(signal, fault)
+        plan, status, words = kill(RANK, at="spawn", signal=number), -number, fault
     with pytest.raises(StartupError) as caught:
-        with faults(kill(RANK, at="spawn", signal=number)):
+        with faults(plan):
             WorkerGroup(Faulty, 2, args=("", ""), **START[method])
     assert (caught.value.rank, caught.value.phase) == (RANK, "spawn")
-    assert caught.value.exit_status == -number
+    assert caught.value.exit_status == status
     assert isinstance(caught.value.__cause__, WorkerDied)
-    assert fault in str(caught.value)
+    assert words in str(caught.value)
 
 
 @cell(
     stage="spawn",
     gets="StartupTimeout at start_timeout: who is not ready, its phase",
+    told="after `start_timeout`, and 0.3 s later at most",
     within=8,
 )
 @methods
@@ -177,30 +186,69 @@ def test_a_rank_that_sticks_before_it_has_read_anything(fault: str, method: str)
         "hold-gil": planned_hold(RANK, 600, at="spawn"),
         "SIGSTOP": kill(RANK, at="spawn", signal=signal.SIGSTOP),
     }
-    with pytest.raises(StartupTimeout) as caught:
-        with faults(plan[fault]):
-            WorkerGroup(Faulty, 2, args=("", ""), start_timeout=3.0, **START[method])
-    assert caught.value.phases == {RANK: "spawn"}
-    assert f"rank {RANK}" in str(caught.value)
+    with faults(plan[fault]):
+        start_that_sticks("spawn", method, "", "")
 
 
 @cell(
     stage="construct, ready, run",
     waiter="the constructor, call",
     gets="whatever the moment: StartupError, WorkerDied in the first call, or GroupBroken with it "
-    "where it died before that; all name rank and signal",
+    "where it died before that; all name the rank, and its signal or status",
+    told="at once",
     within=8,
 )
 @methods
-@pytest.mark.parametrize("fault", [f"killed after {us} us" for us in (1, 200, 500, 1000, 3000)])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *(f"SIGALRM after {us} us" for us in (1, 200, 500, 1000, 3000)),
+        *(f"{fault} after {us} us" for fault in ("SIGSEGV", "os._exit") for us in (100, 1000)),
+    ],
+)
 def test_a_rank_that_dies_about_when_it_is_ready(fault: str, method: str) -> None:
-    seconds = int(fault.split()[2]) * 1e-6
+    what, us = fault.removesuffix(" us").split(" after ")
     with pytest.raises((StartupError, WorkerDied, GroupBroken)) as caught:
-        with WorkerGroup(Clockwork, 2, args=(seconds,), **START[method]) as group:
+        with WorkerGroup(Clockwork, 2, args=(what, int(us) * 1e-6), **START[method]) as group:
             group.call(Clockwork.wait)
     error = caught.value
-    assert "SIGALRM" in str(error)
     dead = error.first if isinstance(error, GroupBroken) else error
     assert isinstance(dead, (StartupError, WorkerDied))
     assert dead.rank == RANK
-    assert dead.exitcode == -signal.SIGALRM
+    number = None if what == "os._exit" else getattr(signal, what)
+    assert dead.exitcode == (3 if number is None else -number)
+    assert ("exited with status 3" if number is None else what) in str(error)
+
+
+@cell(
+    stage="construct, ready, run",
+    waiter="the constructor, call",
+    gets="whatever the moment: StartupTimeout, or CallTimeout in the first call that it does not "
+    "answer; both name the rank",
+    told="after `start_timeout`, or at the deadline, and 0.3 s later at most",
+    within=8,
+)
+@methods
+@pytest.mark.parametrize(
+    "fault", [f"{fault} after {us} us" for fault in ("SIGSTOP", "hold-gil") for us in (100, 1000)]
+)
+def test_a_rank_that_sticks_about_when_it_is_ready(fault: str, method: str) -> None:
+    what, us = fault.removesuffix(" us").split(" after ")
+    for limit in (0.5, 3.0):  # a slow machine needs longer for the other to be ready
+        group = None
+        try:
+            with pytest.raises((StartupTimeout, CallTimeout)) as caught:
+                group = WorkerGroup(
+                    Clockwork, 2, args=(what, int(us) * 1e-6), start_timeout=limit, **START[method]
+                )
+                while True:
+                    group.options(timeout=limit).call(Clockwork.nothing)
+        finally:
+            if group is not None:
+                group.kill()
+        error = caught.value
+        late = error.phases if isinstance(error, StartupTimeout) else error.missing
+        if tuple(late) == (RANK,):
+            break
+    assert tuple(late) == (RANK,)
+    assert f"\n  rank {RANK}: pid " in str(error)
