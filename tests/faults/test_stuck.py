@@ -54,17 +54,22 @@ def made(method: str) -> Iterator[Callable[[str, str], WorkerGroup]]:
         group.kill()
 
 
-def wait_out(waiter: Callable[..., None], group: WorkerGroup, *args: object) -> CallTimeout:
-    """The CallTimeout that `waiter` gets, at its deadline."""
+def wait_out(
+    waiter: Callable[..., None], group: WorkerGroup, *args: object, timeout: float = TIMEOUT
+) -> CallTimeout:
+    """The CallTimeout that `waiter` gets, at its deadline. On a slow machine the rank that is well
+    may be among the missing, too: `check` wants one of which only RANK is."""
     began = time.monotonic()
     with pytest.raises(CallTimeout) as caught:
-        waiter(group.options(timeout=TIMEOUT), *args)
-    assert TIMEOUT * 0.9 < time.monotonic() - began < TIMEOUT + 3.0
-    error = caught.value
+        waiter(group.options(timeout=timeout), *args)
+    assert timeout * 0.9 < time.monotonic() - began < timeout + 3.0
+    return caught.value
+
+
+def check(error: CallTimeout, waiter: Callable[..., None], group: WorkerGroup) -> None:
     assert error.missing == (RANK,)
     assert error.answered == (() if waiter is by_each else (1 - RANK,))
     assert f"\n  rank {RANK}: pid {group.pids[RANK]}, " in str(error)
-    return error
 
 
 @cell(
@@ -85,8 +90,9 @@ def test_a_stuck_rank_costs_its_timeout_and_no_more(
     for _ in range(3):
         group = made(stage, fault)
         error = wait_out(waiter, group, *((Bomb(fault),) if stage == "load" else ()))
-        if not late(error):
+        if error.missing == (RANK,) and not late(error):
             break
+    check(error, waiter, group)
     assert error.states[RANK] == ("stopped" if stopped else "running")
     assert error.seconds[RANK] > 0
     assert error.reasons == ({RANK: "it is stopped"} if stopped else {})
@@ -117,14 +123,18 @@ def test_a_rank_that_does_not_take_its_call_costs_its_timeout(
     args = (LARGE,) if stage == "large transfer" else ()
     if fault == "SIGSTOP":
         os.kill(pid, signal.SIGSTOP)
-        error = wait_out(waiter, group, *args)
+    else:
+        # The answer of this very call may not leave any more: nobody waits for it.
+        group[RANK].submit(_hold_in_a_thread)
+    error = wait_out(waiter, group, *args)
+    if error.missing != (RANK,):
+        error = wait_out(waiter, group, *args, timeout=4 * TIMEOUT)
+    check(error, waiter, group)
+    if fault == "SIGSTOP":
         assert error.states[RANK] == "stopped"
         os.kill(pid, signal.SIGCONT)
         assert group.call(Faulty.pid) == group.pids
     else:
-        # The answer of this very call may not leave any more: nobody waits for it.
-        group[RANK].submit(_hold_in_a_thread)
-        error = wait_out(waiter, group, *args)
         assert error.states[RANK] in ("queued", "running")
 
 
