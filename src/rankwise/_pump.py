@@ -226,8 +226,8 @@ class Pump:
                 lead.arm(False)  # the strike may have come between the epoll and the note of it
                 if lead.hand_on():
                     self.see_to_rest()
-        if lead.stranded:
-            self.lead_once()
+        if lead.stranded and not self.lead_once():
+            self.rouse_leader()  # it sleeps, where a handler's wait inside its own was struck
         self.tell()
 
     def lead_once(self) -> bool:

@@ -1,4 +1,4 @@
-"""An event loop's port, struck at the moment that costs most; and a socket's end, likewise."""
+"""A port, struck at the moment that costs most; a socket's end, and a lead, likewise."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections import deque
 
 import pytest
 
+from rankwise._lead import Waiter
 from rankwise._ledger import Ledger
 from rankwise._port import Port
+from rankwise._pump import Pump as RealPump
 from rankwise._sockets import Sockets
+from rankwise._spin import Spin
 
 
 class Struck(Exception):
@@ -98,3 +101,19 @@ def test_an_end_of_file_that_was_read_by_who_was_struck_is_told_by_the_next():
     sockets.pull(sockets.channels)
     assert ledger.next_timer() is not None
     sockets.close()
+
+
+def test_a_leader_hears_of_what_a_handlers_struck_wait_has_taken_from_it():
+    """It sleeps on the sockets, the bytes are off them, and the keeper looks every 0.4 s only."""
+    ours, theirs = socket.socketpair()
+    pump = RealPump([ours], Spin(0.0, learns=False))
+    outer, inner = Waiter(), Waiter()
+    pump.lead.take(outer)
+    pump.lead.take(inner)  # in a handler, and on the same thread
+    inner.gone = True
+    assert not pump._ready.poll(0)
+    pump.mend()
+    assert pump.lead.current() is outer and pump.lead.stranded
+    assert pump._ready.poll(0)
+    pump.close()
+    theirs.close()

@@ -1,0 +1,63 @@
+"""What the hand-over of the lead is checked for: who waits, how, and for which calls."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Wait(NamedTuple):
+    """One wait: by `thread`, for `call`.
+
+    inside: of a handler that has interrupted that wait.
+    awaits: by a task of the event loop that runs in `thread`; with `timeout` it may be cancelled.
+    struck: a handler's exception may end it; of a task: strike its loop, as it leads.
+    """
+
+    thread: int
+    call: int
+    timeout: bool = False
+    struck: bool = False
+    inside: int | None = None
+    awaits: bool = False
+
+
+class Case(NamedTuple):
+    waits: tuple[Wait, ...]
+    calls: int
+
+
+CASES = {
+    "alone": Case((Wait(0, 0),), 1),
+    "nobody waits": Case((), 2),
+    "two for two": Case((Wait(0, 0), Wait(1, 1)), 2),
+    "two for one": Case((Wait(0, 0), Wait(1, 0)), 1),
+    "three for three": Case((Wait(0, 0), Wait(1, 1), Wait(2, 2)), 3),
+    "one beside a callback": Case((Wait(0, 0),), 2),
+    "two beside a callback": Case((Wait(0, 0), Wait(1, 1)), 3),
+    "impatient": Case((Wait(0, 0, timeout=True),), 1),
+    "impatient beside another": Case((Wait(0, 0, timeout=True), Wait(1, 1)), 2),
+    "both impatient, and a callback": Case((Wait(0, 0, True), Wait(1, 1, True)), 3),
+    "struck": Case((Wait(0, 0, struck=True),), 1),
+    "struck beside another": Case((Wait(0, 0, struck=True), Wait(1, 1)), 2),
+    "struck beside an impatient one": Case((Wait(0, 0, struck=True), Wait(1, 1, True)), 2),
+    "struck beside two": Case((Wait(0, 0, struck=True), Wait(1, 1), Wait(2, 2)), 3),
+    "a handler waits": Case((Wait(0, 0), Wait(0, 1, inside=0)), 2),
+    "a handler waits for the same": Case((Wait(0, 0), Wait(0, 0, inside=0)), 1),
+    "a handler waits, beside another": Case((Wait(0, 0), Wait(0, 1, inside=0), Wait(1, 2)), 3),
+    "a handler waits, impatient": Case((Wait(0, 0), Wait(0, 1, True, inside=0), Wait(1, 0)), 2),
+    "a handler waits and is struck": Case(
+        (Wait(0, 0, struck=True), Wait(0, 1, struck=True, inside=0), Wait(1, 2)), 3
+    ),
+    "a handler's wait is struck": Case((Wait(0, 0), Wait(0, 1, struck=True, inside=0)), 2),
+    "a loop": Case((Wait(9, 0, awaits=True),), 1),
+    "a loop beside a callback": Case((Wait(9, 0, awaits=True),), 2),
+    "a loop beside a thread": Case((Wait(9, 0, awaits=True), Wait(0, 1)), 2),
+    "a loop and a thread for one": Case((Wait(9, 0, awaits=True), Wait(0, 0)), 1),
+    "two tasks": Case((Wait(9, 0, awaits=True), Wait(9, 1, awaits=True)), 2),
+    "two loops": Case((Wait(9, 0, awaits=True), Wait(8, 1, awaits=True)), 2),
+    "a task is cancelled": Case((Wait(9, 0, True, awaits=True),), 1),
+    "a task is cancelled beside a thread": Case((Wait(9, 0, True, awaits=True), Wait(0, 1)), 2),
+    "a loop is struck": Case((Wait(9, 0, struck=True, awaits=True),), 2),
+    "a loop beside one struck": Case((Wait(9, 0, awaits=True), Wait(0, 1, struck=True)), 2),
+    "a loop beside one impatient": Case((Wait(9, 0, awaits=True), Wait(0, 1, True)), 2),
+}
