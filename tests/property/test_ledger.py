@@ -263,7 +263,7 @@ class Machine(RuleBasedStateMachine):
         rank = data.draw(st.sampled_from(range(self.size)))
         self.gone.add(rank)
         owed = bool(self.ledger.inflight[rank]) or any(
-            rank in call.ranks and not call.ended for call in self.placed
+            rank in call.missing() and not call.ended for call in self.placed
         )
         closing = self.ledger.closing
         self.event("died", rank, None)
