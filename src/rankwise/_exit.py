@@ -10,7 +10,7 @@ C's own exit functions and destructors run in a rank that was spawned, or has an
 profilers and coverage of C code write their files there, and torch takes away its files of shared
 CUDA memory. In a rank that was forked they are the launcher's, and would be run once a rank; it
 leaves by `_exit`, as multiprocessing's forked processes do. Both would first have to copy the
-pages of what they free: ARCHITECTURE.md has the figures.
+pages of what they free: docs/ending.md has the figures.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ handlers, and handlers that wait themselves. From every state that can be reache
 are possible are taken. Where none is left that must come, whoever waited must have gone, and every
 answer that came must have been dealt with: nobody sleeps over one.
 
-The keeper's look at the clock, every quarter of a second, is no part of it: nothing here needs it.
+The keeper's look at the clock, about twice a second, is no part of it: nothing here needs it.
 """
 
 from __future__ import annotations
