@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from types import SimpleNamespace
+from typing import Any
 
 from rankwise._calls import Call
 from rankwise._lead import Waiter
@@ -38,12 +39,13 @@ class Loop(Port):
     """The real port of an event loop, with an epoll and a loop that are flags."""
 
     def __init__(self, world: World) -> None:
-        self.loop = self
-        self._pump = SimpleNamespace(
+        me: Any = self
+        me.loop = self
+        me._pump = SimpleNamespace(
             lock=contextlib.nullcontext(), closed=False, ready_fd=0, lead=world.lead,
             lead_once=lambda: False, led_by_loop=world.led_by_loop,
         )  # fmt: skip
-        self._epoll = SimpleNamespace(modify=self._modify)
+        me._epoll = SimpleNamespace(modify=self._modify)
         self._waiting, self._news, self._told, self._armed = {}, deque(), False, False
         self.armed = False  # as the kernel sees it
         self.does = IDLE
