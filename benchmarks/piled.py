@@ -34,7 +34,7 @@ def status(field: str) -> int:
 
 
 def pile(calls: int) -> tuple[float, float, float]:
-    """Bytes of the driver's an open call, seconds of a `submit`, calls a second."""
+    """Bytes of the driver's an open call, seconds to queue one, calls a second."""
     with WorkerGroup(Echo, 1) as group:
         for future in [group.submit(Echo.echo, number) for number in range(1000)]:
             future.result()
@@ -66,7 +66,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
     memory, submitted, rate = zip(*found, strict=True)
     return {
         "100,000 open calls: KB a call in the driver": [value / 1024 for value in memory],
-        "100,000 open calls: us a submit": [value * 1e6 for value in submitted],
+        "100,000 open calls: us to queue one": [value * 1e6 for value in submitted],
         "100,000 submitted, then fetched: calls a second": list(rate),
     }
 

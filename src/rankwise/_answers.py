@@ -164,8 +164,9 @@ def explain(
                 outlook = outlook or "is closed and takes no more calls: make a new group"
                 text = f"{engine.name} {outlook}"
             return GroupClosed(text)
-        case Cancelled():
-            return WorkerGroupError(f"{engine.name}: the call was cancelled")
+        case Cancelled():  # of a call that waits: by a shutdown, not by its own caller
+            method = "the call" if call is None else f"{call.method}()"
+            return GroupClosed(f"{method} of {engine.name} was not sent: the group was shut down")
         case Lost() if call is not None and (rank is None or rank == error.rank):
             death = died(error, engine)
             death.add_note(f"{engine.name} {_outlook(engine)}")  # its message is one sentence

@@ -60,19 +60,21 @@ class Callbacks:
     def defer(self, job: Callable[[], object]) -> None:
         """As `put`, with the thread running; where none can be made, once the next `ensure` has.
 
-        Never waits: who has the lock starts the thread, and may have been interrupted at it by a
-        handler that waits for the keeper, which defers.
+        No thread but the main one waits for the lock: who has it starts the thread, and if that is
+        the main thread, a handler may have interrupted it that waits for the keeper, which defers.
         """
         self._jobs.put(job)
-        if not self._lock.acquire(blocking=False):
-            return
         try:
-            self._have_thread()
+            if threading.current_thread() is threading.main_thread():
+                self.ensure()
+            elif self._lock.acquire(blocking=False):
+                try:
+                    self._have_thread()
+                finally:
+                    self._lock.release()
         except (RuntimeError, MemoryError) as error:
             if is_interrupt(error):
                 raise
-        finally:
-            self._lock.release()
 
     def _run(self) -> None:
         while True:

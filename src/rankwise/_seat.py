@@ -306,6 +306,7 @@ class Seat:
         engine.check_entry()  # before anything says that it is closing
         with self._lock:
             self._closing = True
+            engine.outlook = None  # no restart follows, whatever was told of one
             threads = [thread for thread in (self._thread, self._teller) if thread is not None]
         self._news.ring()
         try:

@@ -196,6 +196,31 @@ def test_shutdown_can_cancel_what_is_queued(make, gate):
         queued[-1].result()
 
 
+def test_who_waits_in_a_call_that_a_shutdown_cancels_hears_of_that(make, gate):
+    group = make(world_size=1, name="shut")
+    group.submit(Worker.pass_gate, gate.path)
+    gate.entered(0)
+    queued = [group.submit(Worker.get_rank) for _ in range(LAST_WINDOW + 5)]
+    told = []
+
+    def call():
+        try:
+            group.call(Worker.get_rank)
+        except GroupClosed as error:
+            told.append(str(error))
+
+    waits = threading.Thread(target=call)
+    waits.start()
+    expected = queued[-1]._call.id + 1
+    while group.submit(Worker.get_rank)._call.id == expected:
+        expected += 1  # until that call is in the order of calls, before this one
+    group.shutdown(wait=False, cancel_futures=True)
+    waits.join()
+    assert told == ["get_rank() of shut was not sent: the group was shut down"]
+    gate.open(0)
+    group.close()
+
+
 def test_aclose_does_not_block_the_loop(make, gate):
     group = make(world_size=1, name="async")
     future = group.submit(Worker.pass_gate, gate.path)

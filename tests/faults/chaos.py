@@ -169,6 +169,10 @@ class Caller:
                 self.futures.append((future, token, ranks, b""))
                 limit = self.random.choice((0.001, 0.05, 5.0))
                 self.check(await asyncio.wait_for(future, limit), token, ranks, b"")
+            except asyncio.CancelledError:
+                assert self.episode.ended and future.cancelled(), repr(future)
+                self.seen["cancelled"] += 1
+                self.episode.over.wait(0.002)
             except Exception as error:
                 if type(error) is TimeoutError:  # the loop's own; a CallTimeout is the call's
                     self.seen["wait_for"] += 1

@@ -47,7 +47,9 @@ def check(error: BaseException, world_size: int, ended: bool) -> None:
         case GroupClosed():
             # Nobody's rank is to blame: the caller is.
             assert ended, text
-            assert re.search(r"the group was closed|is closed|is being restarted", text), text
+            assert re.search(r"group was (closed|shut down)|is (closed|being restarted)", text), (
+                text
+            )
         case StartupError():
             if error.rank is None:
                 assert NO_RANKS_WORD.search(text), text

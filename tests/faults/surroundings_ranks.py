@@ -126,10 +126,11 @@ class Wanting:
 
 
 def exhaust_descriptors() -> list[int]:
-    """Take every descriptor that this process may still have, of 128."""
+    """Take every descriptor that this process may still have, some hundred at most."""
     taken = []
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (128, limits[1]))
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 64, limits[1]))
     try:
         while True:
             taken.append(os.dup(0))

@@ -37,10 +37,11 @@ def children(pid: int) -> list[int]:
 def launcher_killed_when_it_has(ranks: int) -> Iterator[None]:
     """Whoever starts a launcher in this block loses it as soon as it has so many children."""
     over = threading.Event()
+    before = set(children(os.getpid()))
 
     def wait() -> None:
         while not over.wait(0.001):
-            for child in children(os.getpid()):
+            for child in set(children(os.getpid())) - before:
                 if len(children(child)) >= ranks:
                     os.kill(child, signal.SIGKILL)
                     return

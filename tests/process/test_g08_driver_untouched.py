@@ -430,12 +430,13 @@ def test_a_forked_childs_copy_is_inert_and_the_parent_goes_on(leave, tmp_path):
         assert script.errors() == ""
 
 
-def test_a_forked_childs_copy_of_threads_is_inert_too():
+def test_a_forked_childs_copy_of_threads_is_inert_too(tmp_path):
     code = f"""{WORKER}
 group = WorkerGroup(Worker, 2, backend="inline")
-view, future = group[0], group.submit("echo", 2)
-future.result()
+view, open_ = group[0], group[1].submit("hold", sys.argv[1])
 read, write = os.pipe()
+async def awaits(): return await open_
+import asyncio
 child = os.fork()
 if child == 0:
     tried = {{}}
@@ -443,6 +444,8 @@ if child == 0:
         call=lambda: group.call("echo", 1), submit=lambda: group.submit("echo", 1),
         view=lambda: view.call("echo", 1), flush=lambda: group.flush(5), pids=lambda: group.pids,
         close=group.close, kill=group.kill, restart=group.restart, health=group.health,
+        result=lambda: open_.result(5), callback=lambda: open_.add_done_callback(print),
+        awaits=lambda: asyncio.run(asyncio.wait_for(awaits(), 5)),
     )
     for name, attempt in attempts.items():
         try: tried[name] = repr(attempt())
@@ -452,12 +455,16 @@ if child == 0:
 os.waitpid(child, 0)
 tried = json.loads(os.read(read, 65536))
 told = f"RuntimeErrorworkers belongs to process {{os.getpid()}}; "
+with open(sys.argv[1], "wb") as file: file.write(b"held")
 say(wrong={{name: text for name, text in tried.items() if not text.startswith(told)}},
-    tried=len(tried), again=group.call("echo", 1))
+    tried=len(tried), held=open_.result(5), again=group.call("echo", 1))
 group.close()
 """
-    with Script(code) as script:
-        assert script.line() == {"wrong": {}, "tried": 9, "again": [1, 1]}
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    with Script(code, path) as script:
+        said = {"wrong": {}, "tried": 12, "held": "held", "again": [1, 1]}
+        assert script.line() == said
         assert script.end() == 0
         assert script.errors() == ""
 

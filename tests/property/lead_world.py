@@ -62,6 +62,9 @@ class World:
     def rouse(self) -> None:
         self.roused = True
 
+    def rouse_who_was_robbed(self) -> None:
+        self.rouse()
+
     def _unled(self) -> bool:
         return any(not call.done and not call.led for call in self.calls)
 
@@ -278,7 +281,11 @@ class World:
             self.kicked = False
             if lead.leader is None or lead.current() is not lead.leader:
                 lead.hand_on()
-        if lead.stranded or replies:
+        if lead.stranded:
+            self.keeper = self.lead_once(-2)
+            if self.keeper is None:
+                self.rouse_who_was_robbed()
+        if replies and self.keeper is None:
             self.keeper = self.lead_once(-2)
             if self.keeper is None:
                 lead.disarm()

@@ -77,7 +77,7 @@ BROKEN: dict[str, tuple[type, str, Any, str]] = {
     ),
     "no sleeping leader is roused": (World, "rouse", lambda world: None, "a handler waits"),
     "nor one that a handler's wait has robbed": (
-        World, "rouse", lambda world: None, "a handler's wait is struck",
+        World, "rouse_who_was_robbed", lambda world: None, "a handler's wait is struck",
     ),
     "a handler's struck wait is not passed over": (
         Lead, "end", lambda lead, me: lead.leader is me and lead.hand_on(),

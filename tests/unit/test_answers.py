@@ -53,6 +53,7 @@ def make_engine(name, world_size):
     return types.SimpleNamespace(
         name=name,
         outlook=None,
+        retired=False,
         world_size=world_size,
         ranks=FakeRanks(),
         arena=None,
@@ -220,8 +221,8 @@ def test_a_closed_group(engine):
 
 def test_a_cancelled_call(engine):
     error = explain(Cancelled(), make_call(), engine)
-    assert type(error) is WorkerGroupError
-    assert str(error) == "gpt: the call was cancelled"
+    assert type(error) is GroupClosed
+    assert str(error) == "forward() of gpt was not sent: the group was shut down"
 
 
 def exited(**fields):

@@ -230,6 +230,7 @@ class InlineEngine:
             self._news.notify_all()
 
     def barrier(self, call: Call) -> None:
+        self.check_entry()
         with self._lock:
             self._ledger.barrier(call)
 
@@ -248,6 +249,7 @@ class InlineEngine:
         return call.done
 
     def await_call(self, call: Call, loop: AbstractEventLoop) -> Generator[object, None, None]:
+        self.check_entry()
         waiter = loop.create_future()
 
         def wake() -> None:
@@ -274,6 +276,7 @@ class InlineEngine:
         return dropped
 
     def watch(self, future: GroupFuture[Any]) -> None:
+        self.check_entry()
         self._callbacks.ensure()
 
     def defer(self, job: Callable[[], object]) -> None:
@@ -328,6 +331,7 @@ class InlineEngine:
 
     def close(self, timeout: float | None, *, drop: bool = False) -> None:
         """See WorkerGroup.close. A thread cannot be killed: one that is stuck is left, a daemon."""
+        self.check_entry()
         until = deadline(timeout)
         if self._callbacks.is_current() and self._ending:
             return  # whoever closes waits for the callback thread, which so must not wait for it
