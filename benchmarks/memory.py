@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from figures import spread
+from figures import field, spread
 
 from rankwise import WorkerGroup
 
@@ -36,14 +36,6 @@ class Stayer:
         with open(let_go, "rb", buffering=0) as file:
             file.read(1)
         return total
-
-
-def field(path: str, name: str) -> int:
-    """A line of a file of /proc, in bytes."""
-    for line in Path(path).read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(name)
 
 
 def taken(pids: list[int]) -> int:

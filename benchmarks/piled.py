@@ -18,19 +18,12 @@ import time
 from pathlib import Path
 
 from calls import Echo
+from figures import field
 
 from rankwise import WorkerGroup
 
 CALLS = 100_000
 LIMIT = 120.0  # seconds: a deadlock is told, and not waited for
-
-
-def status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(field)
 
 
 def pile(calls: int) -> tuple[float, float, float]:
@@ -40,7 +33,7 @@ def pile(calls: int) -> tuple[float, float, float]:
             future.result()
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")
-        had = status("VmRSS")
+        had = field("/proc/self/status", "VmRSS")
         os.kill(group.pids[0], signal.SIGSTOP)
         began = time.perf_counter()
         futures = [group.submit(Echo.echo, number) for number in range(calls)]
@@ -48,7 +41,7 @@ def pile(calls: int) -> tuple[float, float, float]:
         os.kill(group.pids[0], signal.SIGCONT)
         right = all(future.result() == [number] for number, future in enumerate(futures))
         assert right, "every call has its own answer"
-        memory = (status("VmHWM") - had) / calls
+        memory = (field("/proc/self/status", "VmHWM") - had) / calls
         del futures, future
         began = time.perf_counter()
         for future in [group.submit(Echo.echo, number) for number in range(calls)]:

@@ -8,6 +8,7 @@ import signal
 from typing import Any
 
 from faulty import RANK
+from kernel import exhaust_descriptors
 
 
 class Worker:
@@ -123,19 +124,6 @@ class Wanting:
         if "RANK" in os.environ:
             want(self.what)
         return want, (self.what,)
-
-
-def exhaust_descriptors() -> list[int]:
-    """Take every descriptor that this process may still have, some hundred at most."""
-    taken = []
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 64, limits[1]))
-    try:
-        while True:
-            taken.append(os.dup(0))
-    except OSError:
-        return taken
 
 
 class Unrebuildable:

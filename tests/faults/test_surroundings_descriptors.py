@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faulty import Faulty
-from surroundings_ranks import ExhaustsDescriptors, Worker, exhaust_descriptors
+from kernel import no_descriptors
+from surroundings_ranks import ExhaustsDescriptors, Worker
 from test_surroundings import methods
 from untold import explained
 from waiters import ALL, NAMES, by_callback, by_each
@@ -49,10 +49,8 @@ def test_a_launcher_without_descriptors_names_the_rank_that_it_cannot_start(
 )
 @pytest.mark.parametrize("fault", ["descriptor limit reached in the driver"])
 def test_a_driver_without_descriptors_starts_no_group(options: dict[str, Any], fault: str) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken = exhaust_descriptors()
     refused = 0
-    try:
+    with no_descriptors() as taken:
         while True:  # one more each time: every descriptor of a start is the one that is not there
             try:
                 group = WorkerGroup(Worker, 2, **options)
@@ -63,10 +61,6 @@ def test_a_driver_without_descriptors_starts_no_group(options: dict[str, Any], f
             else:
                 group.close()
                 break
-    finally:
-        for fd in taken:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert refused > 10
 
 
@@ -120,11 +114,9 @@ def test_a_first_large_message_wants_a_descriptor(options: dict[str, Any], fault
 def test_a_driver_without_descriptors_is_told_of_its_deadlines(
     options: dict[str, Any], fault: str
 ) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with WorkerGroup(Faulty, 2, args=("run", "sleep"), **options) as group:
         assert group.call(Faulty.pid) == group.pids
-        taken = exhaust_descriptors()
-        try:
+        with no_descriptors():
             error = explained(lambda: group.options(timeout=1.0).call(Faulty.work))
             assert (error.answered, error.missing) == ((0,), (1,))
             assert "in go_wrong" in error.stacks[1], "the launcher has descriptors"
@@ -136,8 +128,4 @@ def test_a_driver_without_descriptors_is_told_of_its_deadlines(
             with pytest.raises(CallTimeout, match="rank 1: pid"):
                 group.flush(0.1)
             assert [each.state for each in group.health()] == ["idle", "running"]
-        finally:
-            for fd in taken:
-                os.close(fd)
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-            group.kill()
+        group.kill()

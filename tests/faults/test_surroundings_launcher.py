@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from faulty import RANK, Bomb, Faulty
+from kernel import children
 from surroundings_ranks import KillsItsLauncher, LauncherBomb, Worker
 from test_no_caller_waits_forever import START, methods
 from waiters import NAMES, SOON, Everybody
@@ -24,24 +25,15 @@ killed = pytest.mark.parametrize("fault", ["launcher killed"])
 LARGE = bytes(8 << 20)
 
 
-def children(pid: int) -> list[int]:
-    found: list[int] = []
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children") as file:
-                found += map(int, file.read().split())
-    return found
-
-
 @contextlib.contextmanager
 def launcher_killed_when_it_has(ranks: int) -> Iterator[None]:
     """Whoever starts a launcher in this block loses it as soon as it has so many children."""
     over = threading.Event()
-    before = set(children(os.getpid()))
+    before = children(os.getpid())
 
     def wait() -> None:
         while not over.wait(0.001):
-            for child in set(children(os.getpid())) - before:
+            for child in children(os.getpid()) - before:
                 if len(children(child)) >= ranks:
                     os.kill(child, signal.SIGKILL)
                     return

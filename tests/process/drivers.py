@@ -12,7 +12,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import select
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "Watch",
     "alive",
     "in_thread",
-    "no_descriptors",
     "open_fifo",
     "readable",
     "remove_fifo",
@@ -208,23 +206,6 @@ def until(happened: Callable[[], Any], seconds: float = SECONDS, what: str = "")
         assert time.monotonic() < deadline, f"not within {seconds} s: {what or happened}"
         look.wait(0.005)
     return value
-
-
-@contextlib.contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Meanwhile this process can open nothing."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    taken: list[int] = []
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 256), limits[1]))
-    try:
-        with contextlib.suppress(OSError):
-            while True:
-                taken.append(os.dup(0))
-        yield
-    finally:
-        for fd in taken:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def open_fifo(path: str) -> int:

@@ -11,6 +11,7 @@ import time
 import pytest
 from asyncio_ranks import Worker
 from drivers import Watch, in_thread, remove_fifo, until
+from kernel import children
 
 from rankwise import GroupClosed, StartupError, WorkerDied, WorkerGroup
 
@@ -313,17 +314,7 @@ def test_a_wrong_argument_is_raised_by_start_itself():
 
 @pytest.mark.parametrize("after", [0.0, 0.005, 0.02, 0.05, 0.1, 0.2])
 def test_a_start_that_is_cancelled_leaves_nothing(run, fifo, after):
-    def children():
-        found = set()
-        for task in os.listdir("/proc/self/task"):
-            try:
-                with open(f"/proc/self/task/{task}/children") as file:
-                    found.update(map(int, file.read().split()))
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-        return found
-
-    before = children()
+    before = children(os.getpid())
 
     async def main():
         async def start():
@@ -331,7 +322,7 @@ def test_a_start_that_is_cancelled_leaves_nothing(run, fifo, after):
 
         task = asyncio.create_task(start())
         await asyncio.sleep(after)
-        with Watch(children() - before) as watch:
+        with Watch(children(os.getpid()) - before) as watch:
             task.cancel()
             began = time.monotonic()
             with pytest.raises(asyncio.CancelledError):
@@ -341,7 +332,7 @@ def test_a_start_that_is_cancelled_leaves_nothing(run, fifo, after):
         return True
 
     assert run(main())
-    until(lambda: children() <= before, 5)
+    until(lambda: children(os.getpid()) <= before, 5)
     until(lambda: not [t for t in threading.enumerate() if t.name.startswith("rankwise-")
                        and "workers" in t.name] or True, 5)  # fmt: skip
 

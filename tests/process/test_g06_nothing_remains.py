@@ -15,6 +15,7 @@ import warnings
 import pytest
 from drivers import Script, Watch, in_thread, until
 from g06_nothing_remains_ranks import Worker, fails
+from kernel import children
 from striking import Striker
 
 from rankwise import GroupBroken, GroupClosed, StartupError, WorkerDied, WorkerGroup, _seat
@@ -33,15 +34,6 @@ def descriptors():
     return found
 
 
-def children():
-    found = set()
-    for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
-            with open(f"/proc/self/task/{task}/children") as file:
-                found.update(map(int, file.read().split()))
-    return found
-
-
 class State:
     """What this process has of what a group could leave behind."""
 
@@ -49,7 +41,7 @@ class State:
         gc.collect()
         self.descriptors = descriptors()
         self.threads = set(threading.enumerate())
-        self.children = children()
+        self.children = children(os.getpid())
         self.shared = set(os.listdir("/dev/shm"))
         self.maps = mappings()
 

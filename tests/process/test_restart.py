@@ -11,7 +11,8 @@ import threading
 from typing import Any
 
 import pytest
-from drivers import SECONDS, Script, Watch, in_thread, no_descriptors, readable, until
+from drivers import SECONDS, Script, Watch, in_thread, readable, until
+from kernel import no_descriptors
 from restart_ranks import FailsTheSecondTime, Meets, SlowTheSecondTime, TakesAnything, Worker
 
 from rankwise import GroupBroken, GroupClosed, Restart, StartupError, WorkerDied, WorkerGroup
