@@ -79,6 +79,10 @@ if TYPE_CHECKING:
             """Wait in `loop` until `call` is settled."""
             ...
 
+        def attend(self, call: Call) -> None:
+            """Somebody looks whether `call` is done, and does not wait. Never blocks or raises."""
+            ...
+
         def cancel(self, call: Call) -> bool:
             """Drop `call` if no byte of it was sent (True), else tell the ranks (False)."""
             ...

@@ -109,6 +109,7 @@ class GroupFuture(Future[T]):
         if standing is not None and standing._is_owned():
             done = standing.done
         if not done:
+            self._engine.attend(call)
             return RUNNING if call.begun else PENDING
         return CANCELLED_AND_NOTIFIED if isinstance(call.error, Cancelled) else FINISHED
 
@@ -122,11 +123,14 @@ class GroupFuture(Future[T]):
         return f"<GroupFuture of {self._call.method}() on {self._engine.name}: {state}>"
 
     def done(self) -> bool:
-        return self._call.done
+        call = self._call
+        if not call.done:
+            self._engine.attend(call)
+        return call.done
 
     def running(self) -> bool:
         """Whether a byte of it may have been sent, and it is not done."""
-        return self._call.begun and not self._call.done
+        return self._call.begun and not self.done()
 
     def cancelled(self) -> bool:
         return isinstance(self._call.error, Cancelled)

@@ -122,6 +122,8 @@ class Keeper:
             expired = pump.ledger.expire(now)
         if now >= self._next_look:
             self._next_look = now + TICK
+            with pump.lock:
+                pump.lead.release()
             self._look_for_lost()
             if self._lookout.suspects:
                 self._next_look = now + AGAIN

@@ -6,6 +6,10 @@
 One thread leads at a time. Where nobody does, but a call is open that no thread waits for, the
 keeper's epoll (or a loop's) is *armed*: it then wakes for replies. Taking the lead disarms both.
 
+A future that is the only open call is *held* at first: most are waited for at once, and arming the
+keeper for so short a while costs more than the answer. Whoever looks at it without waiting, gives
+up waiting, or submits another call has the keeper armed; so has the keeper's next look.
+
 A signal handler may interrupt the main thread anywhere, and call or wait itself, or raise. Its own
 wait takes the lead from the one that it has interrupted (`Waiter.outer`), which cannot go on before
 it returns. Who was struck by an exception is `gone`: it leads no more, and whatever it had taken
@@ -53,13 +57,16 @@ class Lead:
     unled: whether something is open that neither a waiter nor a loop would lead for.
     """
 
-    __slots__ = ("_arm_keeper", "_unled", "armed", "leader", "ports", "sleepers", "stranded")
+    __slots__ = (
+        "_arm_keeper", "_unled", "armed", "held", "leader", "ports", "sleepers", "stranded",
+    )  # fmt: skip
 
     def __init__(self, arm_keeper: Callable[[bool], object], unled: Callable[[], bool]) -> None:
         self.leader: Waiter | None = None
         self.sleepers: dict[Waiter, Call] = {}
         self.stranded = False  # the last leader was struck, and may have left bytes behind
         self.armed = False
+        self.held: Call | None = None  # the only open call, whose holder has only just got it
         self.ports: list[Port] = []  # event loops that await calls
         self._arm_keeper = arm_keeper
         self._unled = unled
@@ -84,8 +91,17 @@ class Lead:
                 me.outer = outer
         self.leader = me
 
+    def placed(self, alone: Call | None) -> None:
+        """A call was placed that nobody waits for yet. `alone`: it is held, if nobody leads."""
+        if self.leader is None and not self.armed:
+            self.held = alone
+            if alone is None:
+                self.arm(True)
+
     def take_or_sleep(self, me: Waiter, call: Call) -> None:
         """`me` waits for `call`: it leads, or sleeps where somebody else does."""
+        if self.held is call:
+            self.held = None
         leader = self.current()
         if leader is None or leader.thread == me.thread:
             # Nobody leads; or this runs in a signal handler that interrupted its own thread's
@@ -153,6 +169,18 @@ class Lead:
         unled = self._unled()
         if unled is not self.armed:
             self.arm(unled)
+
+    def release(self) -> None:
+        """Nothing is held any more: where nobody leads, the keeper is armed for it."""
+        self.held = None
+        self.rearm()
+
+    def led_by_loop(self, call: Call, led: bool) -> None:
+        """An event loop leads for `call` from now on, or no longer."""
+        call.led = led
+        if self.held is call:
+            self.held = None
+        self.rearm()
 
     def disarm(self) -> None:
         """Somebody leads: the keeper need not wake for replies. The end of the lead rearms it."""

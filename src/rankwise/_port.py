@@ -58,7 +58,7 @@ class Port:
         # Poll first, as a thread would; but now and then the loop runs its other tasks, also where
         # every call is answered at once.
         with pump.lock:
-            pump.led_by_loop(call, True)
+            pump.lead.led_by_loop(call, True)
         began = now = clock()
         until = began + pump.spin.budget
         try:
@@ -72,7 +72,7 @@ class Port:
                     self._turn = now + TURN
         except BaseException:  # the task was cancelled
             with pump.lock:
-                pump.led_by_loop(call, False)
+                pump.lead.led_by_loop(call, False)
             raise
         waiter: asyncio.Future[None] = self.loop.create_future()
         with pump.lock:
@@ -82,7 +82,7 @@ class Port:
             if call.watchers is None:
                 call.watchers = []
             call.watchers.append(partial(self.settled, call))
-            pump.led_by_loop(call, True)
+            pump.lead.led_by_loop(call, True)
         try:
             yield from waiter
             pump.spin.waited(clock() - began)
@@ -97,7 +97,7 @@ class Port:
                 waiters.remove(waiter)
             if not waiters:
                 self._waiting.pop(call, None)
-            self._pump.led_by_loop(call, False)
+            self._pump.lead.led_by_loop(call, False)
 
     def settled(self, call: Call) -> None:
         """`call` has its outcome. From any thread."""

@@ -86,7 +86,8 @@ class Pump:
         self.ready_fd = self._ready.fileno()
         self.outer.register(self.ready_fd, 0)
         self.outer.register(self.keeper_wake, IN)
-        self.lead = Lead(self._arm_keeper, self._unled)
+        outer, fd = self.outer, self.ready_fd
+        self.lead = Lead(lambda armed: outer.modify(fd, IN if armed else 0), self._unled)
         self._broken_noted = False
 
     # -- submitting ---------------------------------------------------------------------------
@@ -116,7 +117,9 @@ class Pump:
                     if waiter is not None:
                         lead.take(waiter)
                     elif not lead.armed and not all(call.led for call in calls):
-                        lead.arm(True)
+                        alone = at_once and len(ledger.open) == 1 and not self.sockets.blocked
+                        holds = alone and calls[0].future is not None
+                        lead.placed(calls[0] if holds else None)
                 self.traffic = True
                 if self.wake_at == NEVER:
                     self.wake_at = 0.0
@@ -136,6 +139,12 @@ class Pump:
             raise RuntimeError(IN_A_STEP)
 
     # -- waiting ------------------------------------------------------------------------------
+
+    def attend(self, call: Call) -> None:
+        """Somebody looks at `call`, or wants to be told of it, and does not wait. From anywhere,
+        also inside a step of ours: the keeper does what there is to do."""
+        if self.lead.held is call:
+            self.kick()
 
     def run(self, call: Call) -> Error | None:
         """Submit `call` and wait until it is settled. Returns why it cannot be taken, or None."""
@@ -198,13 +207,11 @@ class Pump:
 
     def _unled(self) -> bool:
         """Whether something is open that neither a waiter nor a loop would lead for."""
+        held = self.lead.held
         for call in self.ledger.open.values():
-            if not call.done and not call.led:
+            if not call.done and not call.led and call is not held:
                 return True
         return self.sockets.blocked > 0
-
-    def _arm_keeper(self, armed: bool) -> None:
-        self.outer.modify(self.ready_fd, IN if armed else 0)
 
     def see_to_rest(self) -> None:
         """The lead has ended. What nobody is woken for is the keeper's: deaths that it left to a
@@ -212,16 +219,12 @@ class Pump:
         if self.sockets.deaths or self.lead.stranded:
             self.kick()
 
-    def led_by_loop(self, call: Call, led: bool) -> None:
-        """An event loop leads for `call` from now on, or no longer. With the lock held."""
-        call.led = led
-        self.lead.rearm()
-
     def mend(self) -> None:
-        """Do what a thread that was struck by an exception has left undone. The keeper's."""
+        """The keeper's: do what a struck thread has left undone, and what `attend` asks for."""
         with self.lock:
             self.sockets.flush_all()
             lead = self.lead
+            lead.held = None
             if lead.leader is None or lead.current() is not lead.leader:
                 lead.arm(False)  # the strike may have come between the epoll and the note of it
                 if lead.hand_on():

@@ -22,8 +22,15 @@ class Wait(NamedTuple):
 
 
 class Case(NamedTuple):
+    """The `waits` for the first of `calls` calls, of which the others are watched by callbacks.
+
+    held: the first is a future that was submitted alone, before all else; whether somebody looks
+        at it without waiting ("looked at"), and the last call is submitted later than it ("later").
+    """
+
     waits: tuple[Wait, ...]
     calls: int
+    held: str = ""
 
 
 CASES = {
@@ -60,4 +67,17 @@ CASES = {
     "a loop is struck": Case((Wait(9, 0, struck=True, awaits=True),), 2),
     "a loop beside one struck": Case((Wait(9, 0, awaits=True), Wait(0, 1, struck=True)), 2),
     "a loop beside one impatient": Case((Wait(9, 0, awaits=True), Wait(0, 1, True)), 2),
+    "held": Case((Wait(0, 0),), 1, held="held"),
+    "held, and looked at": Case((), 1, held="looked at"),
+    "held by one impatient": Case((Wait(0, 0, timeout=True),), 1, held="held"),
+    "held by two": Case((Wait(0, 0, timeout=True), Wait(1, 0)), 1, held="held"),
+    "held by one struck": Case((Wait(0, 0, struck=True),), 1, held="held"),
+    "held, looked at and waited for": Case((Wait(0, 0, True),), 1, held="looked at"),
+    "held, and another call": Case((), 2, held="later"),
+    "held, and another call is waited for": Case((Wait(0, 1),), 2, held="later, looked at"),
+    "held, another call is waited for, impatient": Case((Wait(0, 1, True),), 2, held="later"),
+    "held in a handler": Case((Wait(0, 1), Wait(0, 0, True, inside=0)), 2, held="later"),
+    "held, and awaited": Case((Wait(9, 0, awaits=True),), 1, held="held"),
+    "held, and awaited until cancelled": Case((Wait(9, 0, True, awaits=True),), 1, held="held"),
+    "held beside a loop": Case((Wait(9, 1, awaits=True),), 2, held="later, looked at"),
 }

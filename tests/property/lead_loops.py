@@ -43,7 +43,7 @@ class Loop(Port):
         me.loop = self
         me._pump = SimpleNamespace(
             lock=contextlib.nullcontext(), closed=False, ready_fd=0, lead=world.lead,
-            lead_once=lambda: False, led_by_loop=world.led_by_loop,
+            lead_once=lambda: False,
         )  # fmt: skip
         me._epoll = SimpleNamespace(modify=self._modify)
         self._waiting, self._news, self._told, self._armed = {}, deque(), False, False
@@ -68,13 +68,13 @@ class Loop(Port):
         if call.watchers is None:
             call.watchers = []
         call.watchers.append(lambda: self.settled(call))
-        self._pump.led_by_loop(call, True)
+        self._pump.lead.led_by_loop(call, True)
         return promise
 
     def cancel(self, call: Call, promise: Promise | None) -> None:
         """The task that awaits `call` is cancelled: before it has parked, or when it has."""
         if promise is None:
-            self._pump.led_by_loop(call, False)
+            self._pump.lead.led_by_loop(call, False)
         elif not call.done:
             self._leave(call, promise)
 

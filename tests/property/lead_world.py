@@ -47,6 +47,8 @@ class World:
         self.loops = {wait.thread: Loop(self) for wait in case.waits if wait.awaits}
         self.promises: dict[int, Promise] = {}  # what a task awaits
         self.coming = set(range(case.calls))
+        self.later = case.calls - 1 if "later" in case.held else None  # not submitted yet
+        self.looks = "looked at" in case.held
         self.here: set[int] = set()  # in the sockets
         self.taken: set[int] = set()  # off the sockets, not fed yet
         self.kicked = False
@@ -54,7 +56,10 @@ class World:
         self.armed = False  # as the kernel sees it
         self.keeper: Waiter | None = None  # while it leads
         self.wrong = ""
-        self.lead.rearm()
+        if case.held:
+            self.lead.placed(self.calls[0])
+        else:
+            self.lead.rearm()
 
     def _arm_keeper(self, armed: bool) -> None:
         self.armed = armed
@@ -66,11 +71,11 @@ class World:
         self.rouse()
 
     def _unled(self) -> bool:
-        return any(not call.done and not call.led for call in self.calls)
-
-    def led_by_loop(self, call: Call, led: bool) -> None:
-        call.led = led
-        self.lead.rearm()
+        return any(
+            not call.done and not call.led and call is not self.lead.held
+            for number, call in enumerate(self.calls)
+            if number != self.later
+        )
 
     def key(self) -> object:
         """All of the state, as something that can be compared."""
@@ -87,7 +92,7 @@ class World:
             tuple(self.at), frozenset(self.coming), frozenset(self.here), frozenset(self.taken),
             self.kicked, self.roused, self.armed, self.keeper is not None,
             tuple((call.done, call.led) for call in self.calls),
-            self.lead.armed, self.lead.stranded,
+            self.lead.armed, self.lead.stranded, self.lead.held is None, self.later, self.looks,
             name(self.lead.leader), tuple(name(waiter) for waiter in self.lead.sleepers),
             tuple((w.gone, name(w.outer), w.gate is None or w.gate.locked()) for w in self.waiters),
             tuple((loop.key(self.calls), loop in self.lead.ports) for loop in self.loops.values()),
@@ -97,9 +102,13 @@ class World:
     # -- what may happen ----------------------------------------------------------------------
 
     def steps(self) -> list[Step]:
-        found = [("arrive", call) for call in self.coming]
+        found = [("arrive", call) for call in self.coming if call != self.later]
+        if self.later is not None:
+            found.append(("submit", self.later))
+        if self.looks:
+            found.append(("look", 0))
         for index, wait in enumerate(self.case.waits):
-            if not self._frozen(index) and self._begun(index):
+            if wait.call != self.later and not self._frozen(index) and self._begun(index):
                 found += [(what, index) for what in self._steps_of(index, wait)]
         for thread, loop in self.loops.items():
             if loop.does != IDLE:
@@ -163,6 +172,12 @@ class World:
         if what == "arrive":
             self.coming.discard(index)
             self.here.add(index)
+        elif what == "submit":
+            self.later = None
+            self.lead.placed(None)
+        elif what == "look":  # Pump.attend
+            self.looks = False
+            self.kicked = self.kicked or self.lead.held is self.calls[index]
         elif what == "keep":
             self._keep()
         elif what in ("time out", "stop polling"):
@@ -195,7 +210,7 @@ class World:
         if at == NEW and wait.awaits:
             if self.loops[wait.thread] not in self.lead.ports:
                 self.lead.ports = [*self.lead.ports, self.loops[wait.thread]]
-            self.led_by_loop(call, True)
+            self.lead.led_by_loop(call, True)
             self.at[index] = PARKING if call.done else LOOKING
         elif at == PARKING:
             promise = self.loops[wait.thread].park(call)
@@ -279,6 +294,7 @@ class World:
         replies = self.armed and bool(self.here or self.roused)
         if self.kicked:
             self.kicked = False
+            lead.held = None
             if lead.leader is None or lead.current() is not lead.leader:
                 lead.hand_on()
         if lead.stranded:

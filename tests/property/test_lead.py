@@ -66,7 +66,20 @@ def leave_and_still_lead(port: Port, call: Call, waiter: object) -> None:
     port._pump.lead.rearm()
 
 
+def take_or_sleep_and_hold(lead: Lead, me: Waiter, call: Call) -> None:
+    held = lead.held
+    take_or_sleep(lead, me, call)
+    lead.held = held
+
+
+def hold_on(lead: Lead, alone: Call | None) -> None:
+    if lead.leader is None and not lead.armed and lead.held is None:
+        placed(lead, alone)
+
+
 take = Lead.take
+take_or_sleep = Lead.take_or_sleep
+placed = Lead.placed
 
 # Each part of the hand-over, taken away, is missed in one of the cases.
 BROKEN: dict[str, tuple[type, str, Any, str]] = {
@@ -91,6 +104,10 @@ BROKEN: dict[str, tuple[type, str, Any, str]] = {
     "a task that is cancelled leads on": (
         Port, "_leave", leave_and_still_lead, "a task is cancelled",
     ),
+    "who gives up waiting still holds it": (
+        Lead, "take_or_sleep", take_or_sleep_and_hold, "held by one impatient",
+    ),
+    "another call leaves it held": (Lead, "placed", hold_on, "held, and another call"),
     "no loop is told": (Port, "settled", lambda port, call: None, "a loop and a thread for one"),
 }  # fmt: skip
 

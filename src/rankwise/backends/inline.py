@@ -266,6 +266,9 @@ class InlineEngine:
             call.watchers = [*(call.watchers or ()), told]
         yield from waiter
 
+    def attend(self, call: Call) -> None:
+        """Nothing to do: every answer is heard at once."""
+
     def cancel(self, call: Call) -> bool:
         self.check_entry()
         with self._lock:

@@ -121,6 +121,9 @@ class LocalEngine:
     def wait(self, call: Call, until: float | None) -> bool:
         return self.pump.wait(call, until)
 
+    def attend(self, call: Call) -> None:
+        self.pump.attend(call)
+
     def await_call(self, call: Call, loop: AbstractEventLoop) -> Generator[object, None, None]:
         return self.pump.port(loop).wait(call)
 
@@ -142,6 +145,7 @@ class LocalEngine:
 
     def watch(self, future: GroupFuture[Any]) -> None:
         self.pump.check_entry()
+        self.pump.attend(future._call)
         self.callbacks.ensure()
 
     def defer(self, job: Callable[[], object]) -> None:

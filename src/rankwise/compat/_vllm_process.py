@@ -225,7 +225,7 @@ class WorkerProcess:
         """Have `call` settled as soon as its answer comes, though nobody waits for it."""
         with self._engine.pump.lock:
             if not call.done:
-                self._engine.pump.led_by_loop(call, False)
+                self._engine.pump.lead.led_by_loop(call, False)
 
     def await_call(self, call: Call, loop: AbstractEventLoop) -> Generator[object, None, None]:
         return self._engine.await_call(call, loop)
