@@ -81,7 +81,9 @@ def subjects(ranks: int) -> Iterator[dict[str, Timing]]:
             "call": timed(lambda n: group.call(Echo.echo, n)),
             "call, forked ranks": timed(lambda n: forked.call(Echo.echo, n)),
             "submit().result()": timed(lambda n: group.submit(Echo.echo, n).result()),
+            "submit, forked ranks": timed(lambda n: forked.submit(Echo.echo, n).result()),
             "await": awaited(group),
+            "await, forked ranks": awaited(forked),
             "queue design": timed(queues.call),
             "drop-in": timed(lambda n: drop_in.call("echo", n)),
         }
