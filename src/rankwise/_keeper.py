@@ -98,7 +98,8 @@ class Keeper:
                 until = min(until, timer)
             if self._engine.next_step is not None:
                 until = min(until, self._engine.next_step)
-            pump.wake_at = until
+            # Idle, it may sleep until the arena is to be tended: the next call wakes it, to look.
+            pump.wake_at = until if self._idle < LINGER else NEVER
         return None if until == NEVER else min(max(0.0, until - now), LONG_SLEEP)
 
     def _handle(self, fds: set[int]) -> None:

@@ -57,11 +57,11 @@ class Port:
         pump = self._pump
         # Poll first, as a thread would; but now and then the loop runs its other tasks, also where
         # every call is answered at once.
-        with pump.lock:
-            pump.lead.led_by_loop(call, True)
         began = now = clock()
         until = began + pump.spin.budget
         try:
+            with pump.lock:
+                pump.lead.led_by_loop(call, True)
             settled = False
             while now < until and not settled:
                 settled = pump.wait(call, min(until, self._turn))

@@ -20,6 +20,7 @@ import pytest
 from held_ranks import Held
 
 from rankwise import CallTimeout, GroupFuture, WorkerDied, WorkerGroup
+from rankwise._pump import NEVER
 from rankwise.backends.local import LocalEngine
 
 SOON = 0.3  # seconds; the keeper's look is 0.4 away at first
@@ -173,6 +174,24 @@ def test_a_value_is_not_kept_by_having_been_held(group: WorkerGroup) -> None:
     began = time.monotonic()
     while lead_of(group).held is call:
         assert time.monotonic() < began + 20
+        time.sleep(0.01)
+
+
+def test_a_keeper_that_sleeps_until_the_arena_is_tended_looks_all_the_same(
+    group: WorkerGroup,
+) -> None:
+    group.call("echo", b"x" * (4 << 20))  # through the arena, which gives that back later
+    engine = group._engine
+    assert isinstance(engine, LocalEngine)
+    began = time.monotonic()
+    while engine.pump.wake_at != NEVER or engine.next_step is None:
+        assert time.monotonic() < began + 20
+        time.sleep(0.05)
+    assert engine.next_step > time.monotonic() + 10  # the keeper's next own wake-up
+    call = group.submit("echo", 1)._call
+    began = time.monotonic()
+    while not call.done:  # nobody looks
+        assert time.monotonic() < began + 5
         time.sleep(0.01)
 
 

@@ -116,7 +116,7 @@ class LocalEngine:
         with self.pump.lock:
             self.pump.ledger.barrier(call)
             if not self.pump.closed:
-                self.pump.lead.rearm()
+                self.pump.lead.release()
 
     def wait(self, call: Call, until: float | None) -> bool:
         return self.pump.wait(call, until)
