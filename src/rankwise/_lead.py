@@ -66,7 +66,7 @@ class Lead:
         self.sleepers: dict[Waiter, Call] = {}
         self.stranded = False  # the last leader was struck, and may have left bytes behind
         self.armed = False
-        self.held: Call | None = None  # the only open call, whose holder has only just got it
+        self.held: Call | None = None  # a future at which nobody has looked yet
         self.ports: list[Port] = []  # event loops that await calls
         self._arm_keeper = arm_keeper
         self._unled = unled

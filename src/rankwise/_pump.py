@@ -141,8 +141,8 @@ class Pump:
     # -- waiting ------------------------------------------------------------------------------
 
     def attend(self, call: Call) -> None:
-        """Somebody looks at `call`, or wants to be told of it, and does not wait. From anywhere,
-        also inside a step of ours: the keeper does what there is to do."""
+        """Somebody looks at `call` and does not wait. From anywhere, also inside a step of ours. A
+        call is held once, before its future is handed out, so no lock is needed here."""
         if self.lead.held is call:
             self.kick()
 

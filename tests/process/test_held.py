@@ -123,7 +123,7 @@ def test_a_waiter_takes_it_over(group: WorkerGroup) -> None:
 
 
 def test_who_gives_up_waiting_leaves_it_to_the_keeper(group: WorkerGroup) -> None:
-    future = held(group, 0.05, method="nap")
+    future = held(group, 1.0, method="nap")
     with pytest.raises(CallTimeout):
         future.result(0.001)
     lead = lead_of(group)
@@ -133,7 +133,7 @@ def test_who_gives_up_waiting_leaves_it_to_the_keeper(group: WorkerGroup) -> Non
 
 
 def test_another_call_has_the_keeper_armed(group: WorkerGroup) -> None:
-    first = held(group, 0.05, method="nap")
+    first = held(group, 1.0, method="nap")
     second: GroupFuture[Any] = group.submit("echo", 2)
     lead = lead_of(group)
     assert lead.held is None
