@@ -2,6 +2,7 @@
 
     result()            > Engine.wait: the waiter itself leads, no thread stands between
     await               > Engine.await_call: the loop leads
+    done, running, repr > Engine.attend: nobody waits, so the keeper leads from now on
     add_done_callback,  > Engine.watch: the keeper leads, the group's callback thread calls
     wait, as_completed
 

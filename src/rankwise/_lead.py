@@ -6,9 +6,9 @@
 One thread leads at a time. Where nobody does, but a call is open that no thread waits for, the
 keeper's epoll (or a loop's) is *armed*: it then wakes for replies. Taking the lead disarms both.
 
-A future that is the only open call is *held* at first: most are waited for at once, and arming the
-keeper for so short a while costs more than the answer. Whoever looks at it without waiting, gives
-up waiting, or submits another call has the keeper armed; so has the keeper's next look.
+A future that is the only open call is *held* at first: most are waited for at once, and to arm the
+keeper for so short a while is a tenth to a fifth of a call. Whoever looks at it without waiting,
+gives up waiting, or submits another has the keeper armed; so has the keeper's next look.
 
 A signal handler may interrupt the main thread anywhere, and call or wait itself, or raise. Its own
 wait takes the lead from the one that it has interrupted (`Waiter.outer`), which cannot go on before
@@ -92,7 +92,8 @@ class Lead:
         self.leader = me
 
     def placed(self, alone: Call | None) -> None:
-        """A call was placed that nobody waits for yet. `alone`: it is held, if nobody leads."""
+        """A call was placed that nobody waits for yet. Where nobody leads and nothing is armed, it
+        is held if it is `alone`, and the keeper armed if that is None."""
         if self.leader is None and not self.armed:
             self.held = alone
             if alone is None:
