@@ -6,8 +6,8 @@
 It sleeps in `Pump.outer`: the launcher's channel and pidfd, its own eventfd, and the reply sockets
 (nested, armed only when a call is open that nobody waits for and that is not held: `_lead.py`).
 While calls are open it also looks around, about twice a second: for calls and answers that were
-lost (`_lookout.py`), for acknowledgements and held answers that nobody has fetched, and for calls that
-take long. An idle group's keeper does not wake, but to give back the arena's memory.
+lost (`_lookout.py`), for acknowledgements and held answers that nobody has fetched, and for calls
+that take long. An idle group's keeper does not wake, but to give back the arena's memory.
 
 An engine that is abandoned (its group was collected) is ended by a thread that the keeper starts: a
 finalizer may run inside any lock and can do no more than say so.
