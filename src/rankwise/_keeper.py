@@ -6,8 +6,10 @@
 It sleeps in `Pump.outer`: the launcher's channel and pidfd, its own eventfd, and the reply sockets
 (nested, armed only when a call is open that nobody waits for and that is not held: `_lead.py`).
 While calls are open it also looks around, about twice a second: for calls and answers that were
-lost (`_lookout.py`), for acknowledgements and held answers that nobody has fetched, and for calls
-that take long. An idle group's keeper does not wake, but to give back the arena's memory.
+lost (`_lookout.py`), for acknowledgements that nobody has fetched, and for calls that take long.
+Where futures are submitted that may be held, it wakes every `HOLD` seconds, and whenever it sleeps
+again, nothing is held any more. An idle group's keeper does not wake, but to give back the arena's
+memory.
 
 An engine that is abandoned (its group was collected) is ended by a thread that the keeper starts: a
 finalizer may run inside any lock and can do no more than say so.
@@ -24,7 +26,7 @@ from rankwise._background import Background
 from rankwise._calls import Garbled
 from rankwise._deadline import clock
 from rankwise._lookout import Lookout, Sight
-from rankwise._pump import LONG_SLEEP, NEVER, TICK
+from rankwise._pump import HOLD, LONG_SLEEP, NEVER, TICK
 from rankwise._status import DONE, LATE, POLLS
 
 TYPE_CHECKING = False
@@ -87,19 +89,21 @@ class Keeper:
         pump = self._pump
         with pump.lock:
             now = clock()
-            busy = pump.traffic or bool(pump.ledger.open)
-            pump.traffic = False
-            self._idle = 0 if busy else self._idle + 1
-            until = now + TICK if self._idle < LINGER else NEVER
-            if self._lookout.suspects:
-                until = now + AGAIN
+            pump.lead.release()
+            if pump.traffic or pump.ledger.open:
+                self._idle = 0
+            awake = self._idle < LINGER
+            until = max(now, self._next_look) if awake else NEVER
+            if pump.holding:
+                until = min(until, now + HOLD)
+            pump.traffic = pump.holding = False
             timer = pump.ledger.next_timer()
             if timer is not None:
                 until = min(until, timer)
             if self._engine.next_step is not None:
                 until = min(until, self._engine.next_step)
             # Idle, it may sleep until the arena is to be tended: the next call wakes it, to look.
-            pump.wake_at = until if self._idle < LINGER else NEVER
+            pump.wake_at = until if awake else NEVER
         return None if until == NEVER else min(max(0.0, until - now), LONG_SLEEP)
 
     def _handle(self, fds: set[int]) -> None:
@@ -113,18 +117,17 @@ class Keeper:
             pump.mend()
         if engine.link.control_fd in fds or engine.link.launcher_pidfd in fds:
             engine.link.hear()
-        look = pump.sockets.deaths or pump.ready_fd in fds or not fds
-        if look and not pump.lead_once():
+        due = clock() >= self._next_look
+        if (due or pump.sockets.deaths or pump.ready_fd in fds or not fds) and not pump.lead_once():
             with pump.lock:
                 pump.lead.disarm()
             pump.rouse_leader()
         now = clock()
         with pump.lock:
             expired = pump.ledger.expire(now)
-        if now >= self._next_look:
+        if due:
             self._next_look = now + TICK
-            with pump.lock:
-                pump.lead.release()
+            self._idle += 1
             self._look_for_lost()
             if self._lookout.suspects:
                 self._next_look = now + AGAIN

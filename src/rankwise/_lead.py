@@ -8,7 +8,8 @@ keeper's epoll (or a loop's) is *armed*: it then wakes for replies. Taking the l
 
 A future that is the only open call is *held* at first: most are waited for at once, and to arm the
 keeper for so short a while is a tenth to a fifth of a call. Whoever looks at it without waiting,
-gives up waiting, or submits another has the keeper armed; so has the keeper's next look.
+gives up waiting, or submits another has the keeper armed; so has the keeper whenever it wakes, and
+that is `HOLD` later at most (`Pump._may_hold`).
 
 A signal handler may interrupt the main thread anywhere, and call or wait itself, or raise. Its own
 wait takes the lead from the one that it has interrupted (`Waiter.outer`), which cannot go on before
@@ -92,17 +93,15 @@ class Lead:
         self.leader = me
 
     def placed(self, alone: Call | None) -> None:
-        """A call was placed that nobody waits for yet. Where nobody leads and nothing is armed, it
-        is held if it is `alone`, and the keeper armed if that is None."""
-        if self.leader is None and not self.armed:
-            self.held = alone
-            if alone is None:
-                self.arm(True)
+        """Nobody leads, nothing is armed, and a call was placed that nobody waits for yet. It is
+        held, if it is `alone`; if that is None, the keeper is armed for all that is open."""
+        self.held = alone
+        if alone is None:
+            self.arm(True)
 
     def take_or_sleep(self, me: Waiter, call: Call) -> None:
         """`me` waits for `call`: it leads, or sleeps where somebody else does."""
-        if self.held is call:
-            self.held = None
+        self._looked_after(call)
         leader = self.current()
         if leader is None or leader.thread == me.thread:
             # Nobody leads; or this runs in a signal handler that interrupted its own thread's
@@ -171,6 +170,10 @@ class Lead:
         if unled is not self.armed:
             self.arm(unled)
 
+    def _looked_after(self, call: Call) -> None:
+        if self.held is call:
+            self.held = None
+
     def release(self) -> None:
         """Nothing is held any more: where nobody leads, the keeper is armed for it."""
         self.held = None
@@ -179,8 +182,7 @@ class Lead:
     def led_by_loop(self, call: Call, led: bool) -> None:
         """An event loop leads for `call` from now on, or no longer."""
         call.led = led
-        if self.held is call:
-            self.held = None
+        self._looked_after(call)
         self.rearm()
 
     def disarm(self) -> None:

@@ -59,6 +59,7 @@ class Port:
         # every call is answered at once.
         began = now = clock()
         until = began + pump.spin.budget
+        waiter: asyncio.Future[None] | None = None
         try:
             with pump.lock:
                 pump.lead.led_by_loop(call, True)
@@ -70,27 +71,24 @@ class Port:
                     yield None
                     now = clock()
                     self._turn = now + TURN
-        except BaseException:  # the task was cancelled
+            waiter = self.loop.create_future()
             with pump.lock:
-                pump.lead.led_by_loop(call, False)
-            raise
-        waiter: asyncio.Future[None] = self.loop.create_future()
-        with pump.lock:
-            if call.done:
-                return
-            self._waiting.setdefault(call, []).append(waiter)
-            if call.watchers is None:
-                call.watchers = []
-            call.watchers.append(partial(self.settled, call))
-            pump.lead.led_by_loop(call, True)
-        try:
+                if call.done:
+                    return
+                self._waiting.setdefault(call, []).append(waiter)
+                if call.watchers is None:
+                    call.watchers = []
+                call.watchers.append(partial(self.settled, call))
+                pump.lead.led_by_loop(call, True)
             yield from waiter
             pump.spin.waited(clock() - began)
-        finally:
+        except BaseException:  # the task was cancelled, or a handler's exception struck it
             if not call.done:
                 self._leave(call, waiter)
+            pump.kick()  # the keeper finishes what was begun
+            raise
 
-    def _leave(self, call: Call, waiter: asyncio.Future[None]) -> None:
+    def _leave(self, call: Call, waiter: asyncio.Future[None] | None) -> None:
         with self._pump.lock:
             waiters = self._waiting.get(call, [])
             if waiter in waiters:

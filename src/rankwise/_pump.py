@@ -32,10 +32,11 @@ from contextlib import suppress
 
 from rankwise._calls import Call
 from rankwise._deadline import clock
-from rankwise._interrupts import IN_A_STEP, is_interrupt
+from rankwise._interrupts import IN_A_STEP
 from rankwise._lead import Lead, Waiter
 from rankwise._ledger import Ledger
 from rankwise._sockets import IN, OUT, Sockets
+from rankwise._telling import Teller
 from rankwise._wake import Wake, nothing
 
 TYPE_CHECKING = False
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 TICK = 0.4  # seconds between the keeper's looks at open calls
+HOLD = 0.02  # seconds for which a call may be held: the keeper wakes as often while some are
 LONG_SLEEP = 1e6  # seconds; the kernel takes milliseconds, as an int
 LOOKS = 16  # looks at the ranks' news before one at the sockets themselves
 
@@ -71,8 +73,10 @@ class Pump:
         self.sockets = Sockets(sockets, self.ledger, self.lock, self._note_news, status, news)
         self.spin = spin
         self.inert: str | None = None  # why nothing may be done here (a forked child's copy)
-        self.announce: Callable[[Call], None] = lambda call: None  # futures with callbacks
+        self.teller = Teller(self.ledger.settled, self.lock)
+        self.tell = self.teller.tell
         self.wake_at = NEVER  # when the keeper will look at the clock again
+        self.holding = False  # a call was fit to be held since the keeper went to sleep
         self.served = 0  # how often a leader has polled and fed all that it found
         self.closed = False
         self.traffic = False  # something was submitted since the keeper's last look
@@ -117,9 +121,7 @@ class Pump:
                     if waiter is not None:
                         lead.take(waiter)
                     elif not lead.armed and not all(call.led for call in calls):
-                        alone = at_once and len(ledger.open) == 1 and not self.sockets.blocked
-                        holds = alone and calls[0].future is not None
-                        lead.placed(calls[0] if holds else None)
+                        lead.placed(calls[0] if at_once and self._may_hold(calls[0]) else None)
                 self.traffic = True
                 if self.wake_at == NEVER:
                     self.wake_at = 0.0
@@ -138,6 +140,13 @@ class Pump:
         if self.lock._is_owned():  # type: ignore[attr-defined]
             raise RuntimeError(IN_A_STEP)
 
+    def _may_hold(self, call: Call) -> bool:
+        """Whether `call` is a future's, and alone, and the keeper will look before long."""
+        if call.future is None or len(self.ledger.open) > 1 or self.sockets.blocked:
+            return False
+        self.holding = True  # it will from now on: if not this one, the next is held
+        return self.wake_at < clock() + HOLD
+
     # -- waiting ------------------------------------------------------------------------------
 
     def attend(self, call: Call) -> None:
@@ -145,6 +154,18 @@ class Pump:
         call is held once, before its future is handed out, so no lock is needed here."""
         if self.lead.held is call:
             self.kick()
+
+    def release(self) -> None:
+        """Have the keeper armed for what is held, if anything is. At any moment but in a step."""
+        if self.lead.held is None:
+            return
+        try:
+            with self.lock:
+                if not self.closed:
+                    self.lead.release()
+        except BaseException:
+            self.kick()
+            raise
 
     def run(self, call: Call) -> Error | None:
         """Submit `call` and wait until it is settled. Returns why it cannot be taken, or None."""
@@ -220,11 +241,10 @@ class Pump:
             self.kick()
 
     def mend(self) -> None:
-        """The keeper's: do what a struck thread has left undone, and what `attend` asks for."""
+        """The keeper's: do what a struck thread has left undone."""
         with self.lock:
             self.sockets.flush_all()
             lead = self.lead
-            lead.held = None
             if lead.leader is None or lead.current() is not lead.leader:
                 lead.arm(False)  # the strike may have come between the epoll and the note of it
                 if lead.hand_on():
@@ -333,26 +353,6 @@ class Pump:
             self.kick()
 
     # -- telling ------------------------------------------------------------------------------
-
-    def tell(self) -> None:
-        """Tell the watchers of every settled call. Twice does no harm; not at all would."""
-        settled = self.ledger.settled
-        while True:
-            try:
-                call = settled[0]
-            except IndexError:
-                break
-            for watcher in call.watchers or ():
-                try:
-                    watcher()
-                except RuntimeError as error:
-                    if is_interrupt(error):
-                        raise
-                    # a gate that is open already
-            self.announce(call)
-            with self.lock:
-                if settled and settled[0] is call:
-                    settled.popleft()
 
     def spread(self) -> None:
         """Let everybody hear what was settled: the watchers, and a leader that sleeps."""

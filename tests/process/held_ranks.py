@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from rankwise import worker_info
+
 
 class Held:
     def echo(self, value: object = None) -> object:
@@ -14,6 +16,12 @@ class Held:
 
     def fail(self) -> None:
         raise ValueError("fail as told")
+
+    def fail_or_nap(self, rank: int) -> None:
+        """`rank` fails, the others nap for a minute."""
+        if worker_info().rank == rank:
+            self.fail()
+        self.nap(60.0)
 
     def chatter(self, seconds: float) -> None:
         """Print a line every few milliseconds."""

@@ -1,7 +1,8 @@
 """A future that is the only open call is held: the keeper is not armed for it until somebody looks.
 
 Whatever a holder does, he hears of the answer as soon as he would without that; who does nothing
-hears of a failure at the keeper's next look.
+hears of it when the keeper wakes, `HOLD` later at most. Most tests here have it sleep for longer
+than they wait (`unhurried`): whoever hears all the same was not left to it.
 """
 
 from __future__ import annotations
@@ -11,56 +12,88 @@ import concurrent.futures
 import gc
 import logging
 import os
+import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
+from drivers import Script
 from held_ranks import Held
 
-from rankwise import CallTimeout, GroupFuture, WorkerDied, WorkerGroup
-from rankwise._pump import NEVER
+from rankwise import CallTimeout, GroupClosed, GroupFuture, WorkerDied, WorkerGroup
+from rankwise._calls import Call
+from rankwise._deadline import clock
+from rankwise._pump import HOLD, NEVER, Pump
+from rankwise._spin import Spin
 from rankwise.backends.local import LocalEngine
 
-SOON = 0.3  # seconds; the keeper's look is 0.4 away at first
+PATIENCE = 15.0  # seconds; the keeper of `unhurried` sleeps for longer
+LONG = 60.0
 
 
 @pytest.fixture
-def group() -> Any:
-    with WorkerGroup(Held, 2) as group:
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keeper looks at the clock once a minute, and not even for what is held."""
+    monkeypatch.setattr("rankwise._keeper.TICK", LONG)
+    monkeypatch.setattr("rankwise._keeper.HOLD", LONG)
+    monkeypatch.setattr("rankwise._pump.HOLD", LONG)
+
+
+@pytest.fixture
+def group(unhurried: None) -> Any:
+    with WorkerGroup(Held, 2, on_failure=None) as group:
         yield group
 
 
-def lead_of(group: WorkerGroup) -> Any:
+def engine_of(group: WorkerGroup) -> LocalEngine:
     engine = group._engine
     assert isinstance(engine, LocalEngine)
-    return engine.pump.lead
+    return engine
+
+
+def lead_of(group: WorkerGroup) -> Any:
+    return engine_of(group).pump.lead
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    """What is inside does not wait for the keeper to look at the clock."""
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < PATIENCE
+
+
+def until(look: Callable[[], object], what: str = "never") -> None:
+    """Wait for `look` to say yes."""
+    with soon():
+        began = time.monotonic()
+        while not look():
+            assert time.monotonic() < began + PATIENCE, what
+            time.sleep(0.001)
 
 
 def held(group: WorkerGroup, *args: object, method: str = "echo") -> GroupFuture[Any]:
-    """A future that is held, its call submitted just after a look of the keeper's."""
-    lead = lead_of(group)
-    for _ in range(50):
-        group.call("echo", 0)  # the keeper is awake, and looks in time
-        keeper = group._engine.keeper  # type: ignore[attr-defined]
-        look = keeper._next_look
-        while keeper._next_look == look:
-            time.sleep(0.002)
-        future: GroupFuture[Any] = group.submit(method, *args)
-        if lead.held is future._call:
-            return future
-        future.result(30)
+    """A future that is held."""
+    engine = engine_of(group)
+    until(lambda: engine.next_step is None, "the keeper still looks at the start")
+    began = time.monotonic()
+    while time.monotonic() < began + PATIENCE:
+        first = group.submit("echo")
+        if engine.pump.lead.held is first._call:
+            first.result(PATIENCE)
+            future: GroupFuture[Any] = group.submit(method, *args)
+            if engine.pump.lead.held is future._call:
+                return future
+            future.exception(PATIENCE)
+        first.result(PATIENCE)
+        engine.pump.kick()  # its keeper is asleep for long: from now on it wakes for what is held
+        time.sleep(HOLD / 4)
     raise AssertionError("no future was held")
 
 
-def polled(future: GroupFuture[Any], look: Callable[[GroupFuture[Any]], object]) -> float:
-    """How long it took until `look` said yes, seconds."""
-    began = time.monotonic()
-    while not look(future):
-        assert time.monotonic() < began + 20, "never"
-        time.sleep(0.001)
-    return time.monotonic() - began
+# -- whoever looks --------------------------------------------------------------------------------
 
 
 LOOKS: dict[str, Callable[[GroupFuture[Any]], object]] = {
@@ -79,41 +112,43 @@ def _result_now(future: GroupFuture[Any]) -> bool:
     return False
 
 
-def soon(once: Callable[[], float]) -> bool:
-    """Whether `once`, which says how long it took, was quick, if need be at the fourth try: another
-    program may have the processors for a while."""
-    return any(once() < SOON for _ in range(4))
-
-
 @pytest.mark.parametrize("name", LOOKS)
 def test_who_polls_hears_at_once(group: WorkerGroup, name: str) -> None:
-    assert soon(lambda: polled(held(group, 0.05, method="nap"), LOOKS[name]))
+    future = held(group, 0.05, method="nap")
+    until(lambda: LOOKS[name](future))
     assert lead_of(group).held is None
 
 
 def test_a_callback_comes_at_once(group: WorkerGroup) -> None:
-    def once() -> float:
-        future = held(group)
-        told: concurrent.futures.Future[float] = concurrent.futures.Future()
-        began = time.monotonic()
-        future.add_done_callback(lambda _: told.set_result(time.monotonic()))
-        return told.result(20) - began
-
-    assert soon(once)
+    future = held(group, 0.05, method="nap")
+    told: concurrent.futures.Future[None] = concurrent.futures.Future()
+    future.add_done_callback(lambda _: told.set_result(None))
+    told.result(PATIENCE)
 
 
-def test_as_completed_and_wait_return_at_once(group: WorkerGroup) -> None:
-    def once() -> float:
-        future = held(group)
-        began = time.monotonic()
-        assert list(concurrent.futures.as_completed([future], timeout=20)) == [future]
-        took = time.monotonic() - began
-        future = held(group)
-        began = time.monotonic()
-        assert concurrent.futures.wait([future], timeout=20).done == {future}
-        return max(took, time.monotonic() - began)
+def test_a_callback_does_not_wake_the_keeper(
+    group: WorkerGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future = held(group, 0.05, method="nap")
+    pump = engine_of(group).pump
+    kicks: list[int] = []
+    monkeypatch.setattr(pump, "kick", lambda: kicks.append(1))
+    future.add_done_callback(lambda _: None)
+    assert lead_of(group).armed or future._call.done
+    assert not kicks
+    monkeypatch.undo()
 
-    assert soon(once)
+
+def test_as_completed_returns_at_once(group: WorkerGroup) -> None:
+    future = held(group, 0.05, method="nap")
+    with soon():
+        assert list(concurrent.futures.as_completed([future], timeout=LONG)) == [future]
+
+
+def test_wait_returns_at_once(group: WorkerGroup) -> None:
+    future = held(group, 0.05, method="nap")
+    with soon():
+        assert concurrent.futures.wait([future], timeout=LONG).done == {future}
 
 
 def test_a_waiter_takes_it_over(group: WorkerGroup) -> None:
@@ -156,52 +191,190 @@ def test_an_awaited_one_is_the_loops(group: WorkerGroup) -> None:
     assert lead_of(group).held is None
 
 
-def test_nobody_need_look_for_a_failure_to_be_logged(
-    group: WorkerGroup, caplog: pytest.LogCaptureFixture
+def test_a_flush_hears_of_it(group: WorkerGroup) -> None:
+    future = held(group, 0.05, method="nap")
+    with soon():
+        group.flush(LONG)
+    assert future._call.done
+
+
+def test_looking_at_one_in_a_step_of_ours_changes_nothing_there(group: WorkerGroup) -> None:
+    future = held(group, 0.05, method="nap")
+    with engine_of(group).pump.lock:  # as a handler finds it that has interrupted one
+        assert not future.done()
+        assert "running" in repr(future)
+        assert lead_of(group).held is future._call
+    until(lambda: future._call.done)
+    assert lead_of(group).held is None
+
+
+# -- what ends it ---------------------------------------------------------------------------------
+
+
+def test_a_death_is_told_to_whoever_holds_it(group: WorkerGroup) -> None:
+    future = held(group, LONG, method="nap")
+    os.kill(group.pids[1], 9)
+    until(lambda: future._call.done)
+    with pytest.raises(WorkerDied, match="rank 1"):
+        future.result(0)
+
+
+def test_a_close_waits_for_it(unhurried: None) -> None:
+    group = WorkerGroup(Held, 2)
+    future = held(group, 0.2, method="nap")
+    with soon():
+        group.close(LONG)
+    assert future.result(0) == [None, None]
+
+
+def test_a_kill_settles_it(unhurried: None) -> None:
+    group = WorkerGroup(Held, 2)
+    future = held(group, LONG, method="nap")
+    with soon():
+        group.kill()
+    with pytest.raises(GroupClosed):
+        future.result(0)
+
+
+class Strike(Exception):
+    """As a signal handler raises it."""
+
+
+def test_a_strike_as_a_callback_is_added_leaves_it_to_the_keeper(
+    group: WorkerGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    future = held(group, 0.2, method="nap")
+    lead = lead_of(group)
+    arm = lead._arm_keeper
+    strikes = [1]
+
+    def struck(armed: bool) -> None:
+        if strikes:
+            strikes.pop()
+            raise Strike  # before the `epoll.modify`, with `held` forgotten
+        arm(armed)
+
+    lead._arm_keeper = struck
+    with pytest.raises(Strike):
+        future.add_done_callback(lambda _: None)
+    until(lambda: future._call.done)
+
+
+def test_a_strike_as_an_await_parks_leaves_it_to_the_keeper(unhurried: None) -> None:
+    with WorkerGroup(Held, 2, spin=0) as group:
+
+        async def awaited() -> GroupFuture[Any]:
+            future = held(group, 0.2, method="nap")
+            lead = lead_of(group)
+            port = engine_of(group).pump.port(asyncio.get_running_loop())
+            led_by_loop, led = lead.led_by_loop, [0]
+
+            class Struck(type(lead)):  # type: ignore[misc]
+                __slots__ = ()
+
+                def led_by_loop(self, call: Call, loops: bool) -> None:
+                    led[0] += 1
+                    if led[0] == 2:
+                        call.led = loops
+                        raise Strike  # between the two stores, as it parks
+                    led_by_loop(call, loops)
+
+            lead.__class__ = Struck
+            with pytest.raises(Strike):
+                await future
+            assert led[0] == 3
+            assert not port._waiting
+            return future
+
+        future = asyncio.run(awaited())
+        assert not future._call.led
+        until(lambda: future._call.done)
+
+
+def test_a_forked_child_may_look_at_it() -> None:
+    code = """
+    import rankwise._keeper, rankwise._pump
+    rankwise._keeper.TICK = rankwise._keeper.HOLD = rankwise._pump.HOLD = 60.0
+    from held_ranks import Held
+    with WorkerGroup(Held, 2) as group:
+        lead = group._engine.pump.lead
+        while group._engine.next_step is not None: time.sleep(0.01)  # it looks at the start
+        future = group.submit("nap", 0.3)
+        child = os.fork()
+        if not child:
+            os._exit(0 if not future.done() and "running" in repr(future) else 1)
+        _, status = os.waitpid(child, 0)
+        say(status=status, held=lead.held is future._call, value=future.result(15))
+    """
+    paths = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    with Script(code, env={**os.environ, "PYTHONPATH": paths}) as script:
+        assert script.line() == {"status": 0, "held": True, "value": [None, None]}
+        assert script.end() == 0
+
+
+# -- nobody looks ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A group whose keeper looks around once a minute, but wakes in time for what is held."""
+    monkeypatch.setattr("rankwise._keeper.TICK", LONG)
+    with WorkerGroup(Held, 2) as group:
+        yield group
+
+
+@pytest.mark.parametrize("ahead", [HOLD / 2, 10.0, NEVER])
+def test_a_call_is_held_only_where_the_keeper_will_wake_before_long(ahead: float) -> None:
+    ours, theirs = socket.socketpair()
+    pump = Pump([ours], Spin(0.0, learns=False))
+    pump.wake_at = clock() + ahead
+    call = Call("m", b"", (0,))
+    call.future = object()
+    assert pump.submit((call,)) is None
+    assert pump.holding  # it will look more often
+    assert (pump.lead.held is call) is (ahead < HOLD)
+    assert pump.lead.armed is not (pump.lead.held is call)
+    pump.close()
+    theirs.close()
+
+
+def test_a_keeper_that_is_in_no_hurry_otherwise_wakes_for_what_is_held(quiet: WorkerGroup) -> None:
+    call = held(quiet, 0.1, method="nap")._call
+    until(lambda: lead_of(quiet).held is not call)
+    until(lambda: call.done)
+
+
+def test_a_first_failure_settles_it_though_nobody_looks(quiet: WorkerGroup) -> None:
+    call = held(quiet, 0, method="fail_or_nap")._call
+    until(lambda: call.done)
+    assert not call.ended, "it waited for the rank that naps"
+    quiet.kill()
+
+
+def test_a_failure_of_one_at_which_nobody_looks_is_logged(
+    quiet: WorkerGroup, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR, logger="rankwise"):
-        future = held(group, method="fail")
+        future = held(quiet, method="fail")
         del future
-        until = time.monotonic() + 20
-        while "fail as told" not in caplog.text:
-            assert time.monotonic() < until
-            gc.collect()
-            time.sleep(0.01)
+        gc.collect()
+        until(lambda: "fail as told" in caplog.text)
 
 
-def test_a_value_is_not_kept_by_having_been_held(group: WorkerGroup) -> None:
-    call = held(group)._call
-    began = time.monotonic()
-    while lead_of(group).held is call:
-        assert time.monotonic() < began + 20
-        time.sleep(0.01)
+def test_a_keeper_that_sleeps_until_the_arena_is_tended_looks_all_the_same() -> None:
+    with WorkerGroup(Held, 2) as group:
+        group.call("echo", b"x" * (4 << 20))  # through the arena, which gives that back later
+        engine = engine_of(group)
+        until(lambda: engine.pump.wake_at == NEVER and engine.next_step is not None)
+        assert engine.next_step is not None
+        assert engine.next_step > time.monotonic() + 10  # the keeper's next own wake-up
+        call = group.submit("echo", 1)._call
+        until(lambda: call.done)
 
 
-def test_a_keeper_that_sleeps_until_the_arena_is_tended_looks_all_the_same(
-    group: WorkerGroup,
-) -> None:
-    group.call("echo", b"x" * (4 << 20))  # through the arena, which gives that back later
-    engine = group._engine
-    assert isinstance(engine, LocalEngine)
-    began = time.monotonic()
-    while engine.pump.wake_at != NEVER or engine.next_step is None:
-        assert time.monotonic() < began + 20
-        time.sleep(0.05)
-    assert engine.next_step > time.monotonic() + 10  # the keeper's next own wake-up
-    call = group.submit("echo", 1)._call
-    began = time.monotonic()
-    while not call.done:  # nobody looks
-        assert time.monotonic() < began + 5
-        time.sleep(0.01)
-
-
-def test_ranks_that_print_do_not_keep_the_keeper_from_looking(group: WorkerGroup) -> None:
-    future = held(group, 1.5, method="chatter")
-    lead = lead_of(group)
-    began = time.monotonic()
-    while lead.held is not None:
-        assert time.monotonic() < began + 20
-        time.sleep(0.01)
+def test_ranks_that_print_do_not_keep_the_keeper_from_looking(quiet: WorkerGroup) -> None:
+    future = held(quiet, 1.5, method="chatter")
+    until(lambda: lead_of(quiet).held is None)
     assert not future._call.done, "it was looked at only once the chatter had ended"
     assert future.result(20) == [None, None]
 
@@ -210,32 +383,7 @@ def test_a_large_answer_without_an_arena_comes_in_one_go(monkeypatch: pytest.Mon
     monkeypatch.setattr("rankwise.backends.launching.make_room", lambda *args: False)
     with WorkerGroup(Held, 1) as group:
         future = held(group, 8 << 20, method="text")
-        # By what a socket holds, a look: it would take a minute.
-        assert polled(future, lambda future: future._call.done) < 10
+        # By what a socket holds, a look: it would take seconds.
+        until(lambda: future._call.done)
         [text] = future.result(0)
         assert len(text) == 8 << 20
-
-
-def test_a_death_is_told_to_whoever_holds_it() -> None:
-    with WorkerGroup(Held, 2, on_failure=None) as group:
-        future = held(group, 60.0, method="nap")
-        pid = group.pids[1]
-        os.kill(pid, 9)
-        began = time.monotonic()
-        while not future._call.done:
-            assert time.monotonic() < began + 20
-            time.sleep(0.001)
-        with pytest.raises(WorkerDied, match="rank 1"):
-            future.result(0)
-
-
-def test_looking_at_one_in_a_step_of_ours_changes_nothing_there(group: WorkerGroup) -> None:
-    future = held(group, 0.05, method="nap")
-    engine = group._engine
-    assert isinstance(engine, LocalEngine)
-    with engine.pump.lock:  # as a handler finds it that has interrupted one
-        assert not future.done()
-        assert "running" in repr(future)
-        assert lead_of(group).held is future._call
-    polled(future, lambda future: future._call.done)
-    assert lead_of(group).held is None

@@ -25,7 +25,8 @@ class Case(NamedTuple):
     """The `waits` for the first of `calls` calls, of which the others are watched by callbacks.
 
     held: the first is a future that was submitted alone, before all else; whether somebody looks
-        at it without waiting ("looked at"), and the last call is submitted later than it ("later").
+        at it without waiting ("looked at"), and the last call is submitted later than it ("later"),
+        by who waits for it at once ("called").
     """
 
     waits: tuple[Wait, ...]
@@ -76,6 +77,12 @@ CASES = {
     "held, and another call": Case((), 2, held="later"),
     "held, and another call is waited for": Case((Wait(0, 1),), 2, held="later, looked at"),
     "held, another call is waited for, impatient": Case((Wait(0, 1, True),), 2, held="later"),
+    "held beside a call": Case((Wait(0, 1),), 2, held="later, called, looked at"),
+    "held beside a call, and waited for": Case(
+        (Wait(0, 1), Wait(1, 0, True)), 2, held="later, called"
+    ),
+    "held beside one struck": Case((Wait(0, 1, struck=True),), 2, held="later, called, looked at"),
+    "held, waited for, and another": Case((Wait(0, 0, True),), 2, held="later"),
     "held in a handler": Case((Wait(0, 1), Wait(0, 0, True, inside=0)), 2, held="later"),
     "held, and awaited": Case((Wait(9, 0, awaits=True),), 1, held="held"),
     "held, and awaited until cancelled": Case((Wait(9, 0, True, awaits=True),), 1, held="held"),

@@ -3,7 +3,7 @@
     waiter   new > looking > leading > blocked > serving > ... > leaving > out
     await    the same, then parking > awaiting > out          (`Port.wait`)
     loop     idle > reading | refused > idle                  (`Port._readable`)
-    keeper   idle > reading > idle                            (`Keeper._handle`)
+    keeper   idle > reading > idle                            (`Keeper._handle`, `_timeout`)
 
 It is cut into steps at the places where a thread of `_pump.py`, `_port.py` and `_keeper.py` lets go
 of the lock. `steps` are those that are possible now, `take` takes one, and `check` says what must
@@ -28,7 +28,7 @@ Step = tuple[str, int]
 NEW, LOOKING, LEADING, BLOCKED, SERVING, ASLEEP, LEAVING, PARKING, AWAITING, OUT = range(10)
 POLLING = (LOOKING, LEADING, BLOCKED, SERVING, ASLEEP, LEAVING)
 # What may happen, and need not: nobody is saved by it.
-WHIMS = ("strike", "strike the loop", "cancel", "time out")
+WHIMS = ("strike", "strike the loop", "cancel", "time out", "tick")
 
 
 class World:
@@ -107,6 +107,8 @@ class World:
             found.append(("submit", self.later))
         if self.looks:
             found.append(("look", 0))
+        if self.lead.held is not None and self.keeper is None:
+            found.append(("tick", 0))
         for index, wait in enumerate(self.case.waits):
             if wait.call != self.later and not self._frozen(index) and self._begun(index):
                 found += [(what, index) for what in self._steps_of(index, wait)]
@@ -136,6 +138,8 @@ class World:
             or (at == AWAITING and self.promises[index].kept)
         ):
             found.append("go")
+            if at == NEW and wait.awaits:
+                found.append("go without polling")  # spin=0
         elif at in (BLOCKED, ASLEEP) and (wait.timeout or wait.awaits):
             # A task polls for a while only, and then sleeps in its loop.
             found.append("stop polling" if wait.awaits else "time out")
@@ -174,12 +178,14 @@ class World:
             self.here.add(index)
         elif what == "submit":
             self.later = None
-            self.lead.placed(None)
+            self._submit(index)
         elif what == "look":  # Pump.attend
             self.looks = False
             self.kicked = self.kicked or self.lead.held is self.calls[index]
         elif what == "keep":
             self._keep()
+        elif what == "tick":
+            self._keep(looks=True)
         elif what in ("time out", "stop polling"):
             self.at[index] = LEAVING
         elif what == "strike":
@@ -188,6 +194,9 @@ class World:
             self.at[index] = OUT
         elif what == "go":
             self._go(index)
+        elif what == "go without polling":
+            self._go(index)
+            self.at[index] = PARKING
         elif what == "cancel":
             wait = self.case.waits[index]
             self.loops[wait.thread].cancel(self.calls[wait.call], self.promises.get(index))
@@ -199,6 +208,18 @@ class World:
             self.kicked = True
         else:
             self.loops[index].read(self)
+
+    def _submit(self, number: int) -> None:
+        """Pump.submit of another call, alone or by `call()`, which leads where nobody does."""
+        lead = self.lead
+        if lead.leader is not None:
+            return
+        if "called" in self.case.held:
+            [index] = [i for i, wait in enumerate(self.case.waits) if wait.call == number]
+            lead.take(self.waiters[index])
+            self.at[index] = LEADING
+        elif not lead.armed:
+            lead.placed(None)
 
     # -- a waiter: Pump.wait and Pump._poll; a task: Port.wait --------------------------------
 
@@ -284,17 +305,22 @@ class World:
         if self.lead.end(me):
             self.kicked = self.kicked or self.lead.stranded
 
-    def _keep(self) -> None:
-        """Keeper._handle, Pump.mend."""
-        lead = self.lead
+    def _keep(self, looks: bool = False) -> None:
+        """The keeper: woken, or awake by the clock, and `looks` around."""
         if self.keeper is not None:
             self.end_once(self.keeper)
             self.keeper = None
-            return
-        replies = self.armed and bool(self.here or self.roused)
+        else:
+            self._handle(looks)
+        if self.keeper is None:
+            self.lead.release()
+
+    def _handle(self, looks: bool) -> None:
+        """Keeper._handle, Pump.mend."""
+        lead = self.lead
+        replies = looks or (self.armed and bool(self.here or self.roused))
         if self.kicked:
             self.kicked = False
-            lead.held = None
             if lead.leader is None or lead.current() is not lead.leader:
                 lead.hand_on()
         if lead.stranded:

@@ -7,7 +7,7 @@ handlers, and handlers that wait themselves. From every state that can be reache
 are possible are taken. Where none is left that must come, whoever waited must have gone, and every
 answer that came must have been dealt with: nobody sleeps over one.
 
-The keeper's look at the clock, about twice a second, is no part of it: nothing here needs it.
+What the keeper does by the clock may come at any moment, and saves nobody: nothing here needs it.
 """
 
 from __future__ import annotations
@@ -73,8 +73,13 @@ def take_or_sleep_and_hold(lead: Lead, me: Waiter, call: Call) -> None:
 
 
 def hold_on(lead: Lead, alone: Call | None) -> None:
-    if lead.leader is None and not lead.armed and lead.held is None:
+    if lead.held is None:
         placed(lead, alone)
+
+
+def lead_and_hold(lead: Lead, call: Call, led: bool) -> None:
+    call.led = led
+    lead.rearm()
 
 
 take = Lead.take
@@ -108,6 +113,10 @@ BROKEN: dict[str, tuple[type, str, Any, str]] = {
         Lead, "take_or_sleep", take_or_sleep_and_hold, "held by one impatient",
     ),
     "another call leaves it held": (Lead, "placed", hold_on, "held, and another call"),
+    "a look leaves it held": (Lead, "release", lambda lead: None, "held, and looked at"),
+    "a task that was cancelled still holds it": (
+        Lead, "led_by_loop", lead_and_hold, "held, and awaited until cancelled",
+    ),
     "no loop is told": (Port, "settled", lambda port, call: None, "a loop and a thread for one"),
 }  # fmt: skip
 

@@ -38,7 +38,7 @@ LAYERS = (
     ("the launcher's driver", "backends.launching", "backends.link", "backends.reports"),
     ("threads and ends", "_lifetime", "_keeper", "_callbacks", "logs.show"),
     ("the pump", "_pump"),
-    ("its lead, loops, sockets and wake-ups", "_lead", "_port", "_sockets", "_wake"),
+    ("its lead, loops, sockets and wake-ups", "_lead", "_port", "_sockets", "_telling", "_wake"),
     ("futures and the ledger", "_future", "_ledger", "_lookout", "_ranks"),
     ("answers", "_answers", "_options", "_engine"),
     ("what a wait is for", "_report"),

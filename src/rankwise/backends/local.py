@@ -62,7 +62,7 @@ class LocalEngine:
         self.pump = Pump(started.sockets, self.spin, started.status, started.news)
         self.arena = self.pump.sockets.arena = started.arena
         stack.callback(self.pump.close)
-        self.pump.announce = self._announce
+        self.pump.teller.announce = self._announce
         self.on_break: Callable[[Error], object] | None = None
         self.outlook: str | None = None
         self.retired = False
@@ -115,8 +115,6 @@ class LocalEngine:
         self.pump.check_entry()
         with self.pump.lock:
             self.pump.ledger.barrier(call)
-            if not self.pump.closed:
-                self.pump.lead.release()
 
     def wait(self, call: Call, until: float | None) -> bool:
         return self.pump.wait(call, until)
@@ -145,8 +143,8 @@ class LocalEngine:
 
     def watch(self, future: GroupFuture[Any]) -> None:
         self.pump.check_entry()
-        self.pump.attend(future._call)
         self.callbacks.ensure()
+        self.pump.release()
 
     def defer(self, job: Callable[[], object]) -> None:
         self.callbacks.defer(job)
