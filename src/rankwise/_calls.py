@@ -19,7 +19,8 @@ class Call:
         "answers", "begun", "bodies", "body", "break_at", "deadline", "done", "dropped", "ended",
         "error", "future", "grace", "id", "kind", "late_failure",
         "led", "method", "on_error", "ranks",
-        "reply_from", "return_exceptions", "shape", "slow", "stuck", "timeout", "watchers",
+        "reply_from", "return_exceptions", "shape", "slow", "stuck", "timeout", "watched",
+        "watchers",
     )  # fmt: skip
 
     def __init__(
@@ -64,7 +65,9 @@ class Call:
         self.done = False  # settled: the future has its outcome
         self.ended = False  # no rank owes anything for it any more
         self.watchers: list[Callable[[], object]] | None = None  # told once it is done
-        self.future: object = None  # kept alive until it is done
+        # Kept alive until it is done, and told then; None where a waiter keeps it, who sees.
+        self.future: object = None
+        self.watched = False  # by callbacks, or by `concurrent.futures.wait`
         self.led = False  # an event loop leads for it: nobody else needs its outcome
 
     def body_for(self, rank: int) -> bytes:

@@ -77,16 +77,18 @@ class GroupFuture(Future[T]):
     already done. `rank` is the rank whose value it is, None where it is a list.
     """
 
+    _fetched = False  # its outcome has been asked for
+    _announced = False
+    _decoded = False
+    _value: Any = None
+    _error: BaseException | None = None
+
     def __init__(self, call: Call, engine: Engine, keep: object) -> None:
         # Not the standard library's __init__: see the top of this file.
         self._call = call
         self._engine = engine
         self._keep = keep  # the group lives as long as somebody may still ask it for this
-        self._decoded = False
-        self._fetched = False
-        self._announced = False
-        self._value: Any = None
-        self._error: BaseException | None = None
+        self._decoding = threading.RLock()
         call.future = self
 
     def __getattr__(self, name: str) -> Any:
@@ -152,8 +154,10 @@ class GroupFuture(Future[T]):
         timeout: this waiter's patience, seconds. CallTimeout after it; the call goes on and the
         future stays open.
         """
-        self._wait("result", timeout)
-        self._decode()
+        if not self._call.done:
+            self._wait("result", timeout)
+        if not self._decoded:
+            self._decode()
         self._fetched = True
         if self._error is not None:
             try:
@@ -165,32 +169,41 @@ class GroupFuture(Future[T]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What the call raised, or None. `timeout` as in `result`."""
-        self._wait("exception", timeout)
-        self._decode()
+        if not self._call.done:
+            self._wait("exception", timeout)
+        if not self._decoded:
+            self._decode()
         self._fetched = True
         return self._error
 
     def _wait(self, verb: str, timeout: float | None) -> None:
-        call = self._call
-        if not call.done:
+        call, engine = self._call, self._engine
+        limit = until = None
+        if timeout is not None:
             limit = check_timeout(timeout)
-            if not self._engine.wait(call, self._engine.deadline(limit)):
-                assert limit is not None  # without a limit it would still wait
-                waited = f"its {limit:g} s" if limit > 0 else "no longer"
-                why = f"{verb}({limit:g}) has waited {waited}, and the call goes on"
-                raise timeout_error(call, self._engine, why)
-        if isinstance(call.error, Cancelled):
-            raise CancelledError
+            until = engine.deadline(limit)
+        try:
+            engine.wait(call, until)
+        finally:
+            if not call.done:
+                call.future = self  # as before the wait: nobody's frame keeps it
+                if call.done:
+                    call.future = None
+        if not call.done:
+            assert limit is not None  # without a limit it would still wait
+            waited = f"its {limit:g} s" if limit > 0 else "no longer"
+            why = f"{verb}({limit:g}) has waited {waited}, and the call goes on"
+            raise timeout_error(call, engine, why)
 
     def _decode(self) -> None:
-        if self._decoded:
-            return
-        lock = self.__dict__.setdefault("_decoding", threading.RLock())
-        with lock:
+        call = self._call
+        if isinstance(call.error, Cancelled):
+            raise CancelledError
+        with self._decoding:
             if self._decoded:
                 return
             try:
-                value = take(self._call, self._engine)
+                value = take(call, self._engine)
                 if self._decoded:
                     return  # by a signal handler in the middle of that
                 self._value = value
@@ -201,7 +214,7 @@ class GroupFuture(Future[T]):
             self._decoded = True
             # The pickled values have done their work; a failure may still break the group.
             # In place: a leader puts late answers into this very dict, and counts them there.
-            answers = self._call.answers
+            answers = call.answers
             for rank, (kind, _) in list(answers.items()):
                 if kind != FAILED:
                     answers[rank] = (kind, b"")
@@ -265,11 +278,6 @@ class GroupFuture(Future[T]):
         else:
             waiter.add_result(self)
 
-    @property
-    def watched(self) -> bool:
-        """Whether anybody but waiters in `result` and `await` may want to hear of it."""
-        return "_condition" in self.__dict__
-
     def _failed(self) -> bool:
         call = self._call
         if self._decoded:
@@ -279,8 +287,10 @@ class GroupFuture(Future[T]):
         return call.failure() is not None and not call.return_exceptions
 
     def __del__(self) -> None:
+        if self._fetched:
+            return
         call = self.__dict__.get("_call")
-        if call is None or self._fetched or not call.done or isinstance(call.error, Cancelled):
+        if call is None or not call.done or isinstance(call.error, Cancelled):
             return
         self._engine.unfetched(self)
 

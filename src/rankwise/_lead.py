@@ -26,6 +26,7 @@ import threading
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
     from collections.abc import Callable
 
     from rankwise._calls import Call
@@ -108,6 +109,8 @@ class Lead:
             # lead, which cannot go on before it returns.
             self.stranded = self.stranded or leader is not None
             self.take(me)
+            if not call.watched:
+                call.future = None  # its holder waits, and need not be told
             return
         if me.gate is None:
             gate = threading.Lock()
@@ -184,6 +187,15 @@ class Lead:
         call.led = led
         self._looked_after(call)
         self.rearm()
+
+    def port_of(self, loop: AbstractEventLoop) -> Port | None:
+        for port in self.ports:  # without the lock: the list is never changed in place
+            if port.loop is loop:
+                return port
+        return None
+
+    def add(self, port: Port) -> None:
+        self.ports = [*(port for port in self.ports if not port.loop.is_closed()), port]
 
     def disarm(self) -> None:
         """Somebody leads: the keeper need not wake for replies. The end of the lead rearms it."""

@@ -437,9 +437,9 @@ class Ledger:
     # -- ends ---------------------------------------------------------------------------------
 
     def _finish(self, call: Call) -> None:
-        if call.watchers or call.future is not None:
+        call.done = True  # first: who then sets its future sees that, or is seen here
+        if call.watchers or call.future is not None:  # straight code from the line above
             self.settled.append(call)
-        call.done = True
 
     def _end(self, call: Call) -> None:
         call.ended = True

@@ -120,7 +120,7 @@ class Pump:
                 if lead.leader is None:
                     if waiter is not None:
                         lead.take(waiter)
-                    elif not lead.armed and not all(call.led for call in calls):
+                    elif not lead.armed and not calls[0].led:  # several are no loop's
                         lead.placed(calls[0] if at_once and self._may_hold(calls[0]) else None)
                 self.traffic = True
                 if self.wake_at == NEVER:
@@ -155,14 +155,15 @@ class Pump:
         if self.lead.held is call:
             self.kick()
 
-    def release(self) -> None:
-        """Have the keeper armed for what is held, if anything is. At any moment but in a step."""
-        if self.lead.held is None:
-            return
+    def watch(self, call: Call, future: object) -> None:
+        """Have `future` told of `call`, by whoever hears that it is done."""
         try:
             with self.lock:
-                if not self.closed:
-                    self.lead.release()
+                if not call.done:
+                    call.watched = True
+                    call.future = future
+                    if self.lead.held is call:
+                        self.lead.release()
         except BaseException:
             self.kick()
             raise
@@ -366,16 +367,14 @@ class Pump:
 
     def port(self, loop: AbstractEventLoop) -> Port:
         """The port of the running event loop `loop`, made at its first await."""
-        for port in self.lead.ports:
-            if port.loop is loop:
-                return port
-        from rankwise._port import Port  # asyncio: 30 ms, and its user has it already
+        port = self.lead.port_of(loop)
+        if port is None:
+            from rankwise._port import Port  # asyncio: 30 ms, and its user has it already
 
-        made = Port(self, loop)
-        with self.lock:
-            ports = [port for port in self.lead.ports if not port.loop.is_closed()]
-            self.lead.ports = [*ports, made]
-        return made
+            port = Port(self, loop)
+            with self.lock:
+                self.lead.add(port)
+        return port
 
     def retire(self) -> None:
         """Every call is settled and the keeper has ended: wait until nobody leads, either, and

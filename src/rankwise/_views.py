@@ -101,7 +101,8 @@ class View:
         return take(call, engine)
 
     def _submit(self, engine: Engine, call: Call) -> GroupFuture[Any]:
-        future = GroupFuture[Any](call, engine, self._group)
+        # Not `GroupFuture[Any](...)`, which makes an alias, and notes it in each of them: 0.2 us.
+        future: GroupFuture[Any] = GroupFuture(call, engine, self._group)
         refusal = engine.submit((call,))
         if refusal is not None:
             future._fetched = True
@@ -159,7 +160,7 @@ class View:
             )
             for rank in self._ranks
         )
-        futures = [GroupFuture[Any](call, engine, self._group) for call in calls]
+        futures: list[GroupFuture[Any]] = [GroupFuture(call, engine, self._group) for call in calls]
         refusal = engine.submit(calls)
         if refusal is not None:
             for future in futures:

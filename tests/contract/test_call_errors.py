@@ -17,7 +17,7 @@ from contract_worker import (
     Worker,
 )
 
-from rankwise import RemoteError, SerializationError, WorkerGroupError
+from rankwise import CallTimeout, RemoteError, SerializationError, WorkerGroupError
 
 
 def test_the_same_type_and_args_arrive(group):
@@ -349,6 +349,21 @@ def test_a_failure_that_nobody_fetched_is_logged_once(group, caplog):
     assert (
         "nobody fetched the exception of fail() on rank 1: ValueError: nobody asked" in messages[0]
     )
+
+
+def test_a_failure_of_a_future_that_was_given_up_and_dropped_is_logged(group, gate, caplog):
+    """Its waiter has kept it for as long as he waited, and nobody does after that."""
+    future = group.submit(Worker.fail_behind_gate, gate.path)
+    gate.entered(0, 1, 2)
+    with pytest.raises(CallTimeout):
+        future.result(0.01)
+    del future
+    gate.open(0, 1, 2)
+    group.flush()
+    limit = time.monotonic() + 20
+    while "nobody fetched" not in caplog.text:
+        assert time.monotonic() < limit
+        group.call(Worker.get_rank)
 
 
 def test_a_failure_that_was_fetched_is_not_logged(group, caplog):

@@ -185,10 +185,62 @@ def test_a_future_that_is_dropped_is_collected(group):
         gc.collect()
 
 
+def test_a_callback_that_is_added_while_another_thread_waits_is_called(group, gate):
+    future = group.submit(Worker.pass_gate, gate.path)
+    gate.entered(0, 1, 2)
+    waiter = threading.Thread(target=future.result)
+    waiter.start()
+    called = threading.Event()
+    time.sleep(0.05)  # it waits by then, or all the better
+    future.add_done_callback(lambda future: called.set())
+    gate.open(0, 1, 2)
+    assert called.wait(20)
+    waiter.join(20)
+
+
+def test_a_callback_that_is_added_before_somebody_waits_is_called(group, gate):
+    future = group.submit(Worker.pass_gate, gate.path)
+    called = threading.Event()
+    future.add_done_callback(lambda future: called.set())
+    gate.open(0, 1, 2)
+    future.result()
+    assert called.wait(20)
+
+
 # -- event loops ----------------------------------------------------------------------------------
 
 # The group keeps one descriptor of a closed loop, until the next loop comes or its own close.
 awaits = pytest.mark.leaks_allowed("the epoll of a closed loop")
+
+
+@awaits
+@pytest.mark.parametrize("way", ["result", "await"])
+def test_what_was_waited_for_is_collected_without_a_cycle(group, gate, way):
+    """It is gone with its last name: the garbage collector need not look for it."""
+    future = group.submit(Worker.pass_gate, gate.path)
+    gate.entered(0, 1, 2)
+    seen = weakref.ref(future)
+    opener = threading.Timer(0.05, gate.open, (0, 1, 2))
+    opener.start()
+    if way == "result":
+        future.result()
+    else:
+
+        async def main(future):
+            await future
+
+        asyncio.run(main(future))
+    opener.join()
+    gc.collect()
+    gc.disable()
+    try:
+        del future
+        limit = time.monotonic() + 10
+        while seen() is not None:  # a thread of the group has it in hand, perhaps
+            assert time.monotonic() < limit
+            time.sleep(0.001)
+    finally:
+        gc.enable()
 
 
 @awaits

@@ -281,6 +281,7 @@ class InlineEngine:
     def watch(self, future: GroupFuture[Any]) -> None:
         self.check_entry()
         self._callbacks.ensure()
+        future._call.watched = True
 
     def defer(self, job: Callable[[], object]) -> None:
         self._callbacks.defer(job)
@@ -305,7 +306,7 @@ class InlineEngine:
             for watcher in call.watchers or ():
                 watcher()
             future = call.future
-            if future is not None and future.watched:  # type: ignore[attr-defined]
+            if future is not None and call.watched:
                 self._callbacks.put(future.announce)  # type: ignore[attr-defined]
             call.future = None
         if ledger.broken is not None:

@@ -144,7 +144,7 @@ class LocalEngine:
     def watch(self, future: GroupFuture[Any]) -> None:
         self.pump.check_entry()
         self.callbacks.ensure()
-        self.pump.release()
+        self.pump.watch(future._call, future)
 
     def defer(self, job: Callable[[], object]) -> None:
         self.callbacks.defer(job)
@@ -172,7 +172,7 @@ class LocalEngine:
 
     def _announce(self, call: Call) -> None:
         future = call.future
-        if future is not None and future.watched:  # type: ignore[attr-defined]
+        if future is not None and call.watched:
             self.callbacks.put(future.announce)  # type: ignore[attr-defined]
         call.future = None
 
