@@ -28,6 +28,7 @@ from rankwise._deadline import clock
 from rankwise._lookout import Lookout, Sight
 from rankwise._pump import HOLD, LONG_SLEEP, NEVER, TICK
 from rankwise._status import DONE, LATE, POLLS
+from rankwise._wake import wait_readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,14 +65,19 @@ class Keeper:
 
     def _run(self) -> None:
         pump = self._pump
+        failed = False
         while not self._ending:
             events = pump.outer.poll(self._timeout())
             if self._ending:
                 break
             try:
                 self._handle({fd for fd, _ in events})
+                failed = False
             except Exception as error:  # ours, or the machine's (no descriptors, no memory)
                 self._give_up(error)
+                if failed:  # what it has not dealt with would wake it again at once
+                    wait_readable(pump.keeper_wake, AGAIN)
+                failed = True
             if self.abandoned:
                 self.abandoned = False
                 threading.Thread(target=self._engine.kill, name=self._thread.name + "-end").start()
@@ -109,6 +115,11 @@ class Keeper:
     def _handle(self, fds: set[int]) -> None:
         pump = self._pump
         engine = self._engine
+        now = clock()
+        due = now >= self._next_look
+        if due:  # noted first: a keeper that fails at it must not try again at once
+            self._next_look = now + TICK
+            self._idle += 1
         if pump.keeper_wake in fds:
             try:
                 os.eventfd_read(pump.keeper_wake)
@@ -117,8 +128,10 @@ class Keeper:
             pump.mend()
         if engine.link.control_fd in fds or engine.link.launcher_pidfd in fds:
             engine.link.hear()
-        due = clock() >= self._next_look
-        if (due or pump.sockets.deaths or pump.ready_fd in fds or not fds) and not pump.lead_once():
+        # By the clock alone it looks for answers before a deadline, and at what was held; a leader
+        # has seen them.
+        look = due or pump.sockets.deaths or pump.ready_fd in fds
+        if (look or not fds) and not pump.lead_once() and look:
             with pump.lock:
                 pump.lead.disarm()
             pump.rouse_leader()
@@ -126,8 +139,6 @@ class Keeper:
         with pump.lock:
             expired = pump.ledger.expire(now)
         if due:
-            self._next_look = now + TICK
-            self._idle += 1
             self._look_for_lost()
             if self._lookout.suspects:
                 self._next_look = now + AGAIN

@@ -75,17 +75,19 @@ class Port:
             with pump.lock:
                 if call.done:
                     return
-                self._waiting.setdefault(call, []).append(waiter)
                 if call.watchers is None:
                     call.watchers = []
                 call.watchers.append(partial(self.settled, call))
+                self._waiting.setdefault(call, []).append(waiter)  # once somebody will take it out
                 pump.lead.led_by_loop(call, True)
             yield from waiter
             pump.spin.waited(clock() - began)
         except BaseException:  # the task was cancelled, or a handler's exception struck it
-            if not call.done:
-                self._leave(call, waiter)
-            pump.kick()  # the keeper finishes what was begun
+            try:
+                if not call.done:
+                    self._leave(call, waiter)
+            finally:
+                pump.kick()  # the keeper finishes what was begun
             raise
 
     def _leave(self, call: Call, waiter: asyncio.Future[None] | None) -> None:

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 TICK = 0.4  # seconds between the keeper's looks at open calls
-HOLD = 0.02  # seconds for which a call may be held: the keeper wakes as often while some are
+HOLD = 0.02  # seconds for which a call may be held: the keeper wakes as often while some may be
 LONG_SLEEP = 1e6  # seconds; the kernel takes milliseconds, as an int
 LOOKS = 16  # looks at the ranks' news before one at the sockets themselves
 
@@ -79,7 +79,7 @@ class Pump:
         self.holding = False  # a call was fit to be held since the keeper went to sleep
         self.served = 0  # how often a leader has polled and fed all that it found
         self.closed = False
-        self.traffic = False  # something was submitted since the keeper's last look
+        self.traffic = False  # something was submitted since the keeper went to sleep
         self._ready = self.sockets.ready
         rouse, kick = Wake(), Wake()
         self._leader_wake, self.keeper_wake = rouse.fd, kick.fd

@@ -18,10 +18,10 @@ class Held:
         raise ValueError("fail as told")
 
     def fail_or_nap(self, rank: int) -> None:
-        """`rank` fails, the others nap for a minute."""
+        """`rank` fails, the others nap for a while."""
         if worker_info().rank == rank:
             self.fail()
-        self.nap(60.0)
+        self.nap(8.0)
 
     def chatter(self, seconds: float) -> None:
         """Print a line every few milliseconds."""

@@ -291,6 +291,41 @@ def test_a_strike_as_an_await_parks_leaves_it_to_the_keeper(unhurried: None) -> 
         until(lambda: future._call.done)
 
 
+def test_a_strike_as_a_cancelled_await_leaves_it_is_mended(unhurried: None) -> None:
+    with WorkerGroup(Held, 2, spin=0) as group:
+
+        async def awaited() -> GroupFuture[Any]:
+            future = held(group, 0.3, method="nap")
+            lead = lead_of(group)
+            rearm, strikes = lead.rearm, [1]
+
+            class Struck(type(lead)):  # type: ignore[misc]
+                __slots__ = ()
+
+                def rearm(self) -> None:
+                    if strikes and not future._call.led:
+                        strikes.pop()
+                        raise Strike  # no loop leads for it any more, and the keeper is not armed
+                    rearm()
+
+            lead.__class__ = Struck
+            task = asyncio.ensure_future(_awaiting(future))
+            await asyncio.sleep(0.02)
+            assert future._call.led
+            task.cancel()
+            with pytest.raises(Strike):
+                await task
+            assert not strikes
+            return future
+
+        future = asyncio.run(awaited())
+        until(lambda: future._call.done)
+
+
+async def _awaiting(future: GroupFuture[Any]) -> None:
+    await future
+
+
 def test_a_forked_child_may_look_at_it() -> None:
     code = """
     import rankwise._keeper, rankwise._pump
@@ -359,24 +394,6 @@ def test_a_failure_of_one_at_which_nobody_looks_is_logged(
         del future
         gc.collect()
         until(lambda: "fail as told" in caplog.text)
-
-
-def test_a_keeper_that_sleeps_until_the_arena_is_tended_looks_all_the_same() -> None:
-    with WorkerGroup(Held, 2) as group:
-        group.call("echo", b"x" * (4 << 20))  # through the arena, which gives that back later
-        engine = engine_of(group)
-        until(lambda: engine.pump.wake_at == NEVER and engine.next_step is not None)
-        assert engine.next_step is not None
-        assert engine.next_step > time.monotonic() + 10  # the keeper's next own wake-up
-        call = group.submit("echo", 1)._call
-        until(lambda: call.done)
-
-
-def test_ranks_that_print_do_not_keep_the_keeper_from_looking(quiet: WorkerGroup) -> None:
-    future = held(quiet, 1.5, method="chatter")
-    until(lambda: lead_of(quiet).held is None)
-    assert not future._call.done, "it was looked at only once the chatter had ended"
-    assert future.result(20) == [None, None]
 
 
 def test_a_large_answer_without_an_arena_comes_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:

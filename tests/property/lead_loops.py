@@ -64,10 +64,10 @@ class Loop(Port):
         if call.done:
             return None
         promise = Promise()
-        self._waiting.setdefault(call, []).append(promise)
         if call.watchers is None:
             call.watchers = []
         call.watchers.append(lambda: self.settled(call))
+        self._waiting.setdefault(call, []).append(promise)
         self._pump.lead.led_by_loop(call, True)
         return promise
 

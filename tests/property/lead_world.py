@@ -5,9 +5,9 @@
     loop     idle > reading | refused > idle                  (`Port._readable`)
     keeper   idle > reading > idle                            (`Keeper._handle`, `_timeout`)
 
-It is cut into steps at the places where a thread of `_pump.py`, `_port.py` and `_keeper.py` lets go
-of the lock. `steps` are those that are possible now, `take` takes one, and `check` says what must
-hold after it. `test_lead.py` takes them in every order there is.
+It is cut into steps at the places where a thread of `_pump.py` and `_port.py` lets go of the lock,
+and the keeper where it leads. `steps` are those that are possible now, `take` takes one, and
+`check` says what must hold after it. `test_lead.py` takes them in every order there is.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class World:
             found.append(("submit", self.later))
         if self.looks:
             found.append(("look", 0))
-        if self.lead.held is not None and self.keeper is None:
+        if self.keeper is None:
             found.append(("tick", 0))
         for index, wait in enumerate(self.case.waits):
             if wait.call != self.later and not self._frozen(index) and self._begun(index):
