@@ -4,6 +4,8 @@
                              [--seconds 0.25] [--out docs/benchmarks]
 
 Prints tables; with --out it writes every row's rounds as JSON, and plots, to that folder.
+Each part has a process of its own: a peer leaves threads behind, and torch a heap that makes each
+of the garbage collector's passes longer for all that comes after it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -25,6 +31,16 @@ import rates
 import startup
 
 PARTS = ("calls", "payloads", "rates", "startup")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def alone(measure: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """`measure(...)` in a fresh process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(measure, *args, **kwargs).result()
 
 
 def machine() -> dict[str, object]:
@@ -59,27 +75,27 @@ def main() -> None:
     swept: tuple[payloads.Sweep, payloads.Sweep] = ({}, {})
     if "calls" in options.only:
         for ranks in options.ranks:
-            called[ranks] = calls.measure(ranks, options.rounds, options.seconds)
+            called[ranks] = alone(calls.measure, ranks, options.rounds, options.seconds)
         found["calls"] = called
         print(calls.table(called))
         print("x: times the floor, median of the ratios within each round\n", flush=True)
     if "payloads" in options.only:
-        large = payloads.measure(4, options.rounds)
-        few = payloads.many(options.rounds)
-        swept = payloads.sweep(options.rounds)
+        large = alone(payloads.measure, 4, options.rounds)
+        few = alone(payloads.many, options.rounds)
+        swept = alone(payloads.sweep, options.rounds)
         found |= {"payloads": large, "5,000 arrays": few}
         found |= {"throughput": swept[0], "memcpy": swept[1]}
         print(payloads.table(large, few, swept, 4), end="\n\n", flush=True)
-        found["memory"] = taken = memory.measure(4, options.rounds)
+        found["memory"] = taken = alone(memory.measure, 4, options.rounds)
         print(memory.table(taken, 4), end="\n\n", flush=True)
-        laid_out, typed = of_torch.measure(options.rounds)
+        laid_out, typed = alone(of_torch.measure, options.rounds)
         found |= {"tensors": laid_out, "types of tensors": typed}
         print(of_torch.table(laid_out, typed), end="\n\n", flush=True)
     if "rates" in options.only:
-        found["rates"] = measured = rates.measure(options.rounds)
+        found["rates"] = measured = alone(rates.measure, options.rounds)
         print(rates.table(measured), end="\n\n", flush=True)
     if "startup" in options.only:
-        found["startup"] = started = startup.measure(options.rounds)
+        found["startup"] = started = alone(startup.measure, options.rounds)
         print(startup.table(started))
     if options.out:
         write(options.out, found, called, swept, started, described)
