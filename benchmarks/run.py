@@ -4,8 +4,8 @@
                              [--seconds 0.25] [--out docs/benchmarks]
 
 Prints tables; with --out it writes every row's rounds as JSON, and plots, to that folder.
-Each part has a process of its own: a peer leaves threads behind, and torch a heap that makes each
-of the garbage collector's passes longer for all that comes after it.
+Each measurement has a process of its own: a peer leaves threads behind, and torch a heap that makes
+each of the garbage collector's passes longer for all that comes after it.
 """
 
 from __future__ import annotations
@@ -121,5 +121,5 @@ def write(
         plot.plot_startup(started, described, folder)
 
 
-if __name__ == "__main__":  # the workers of some peers import this file
+if __name__ == "__main__":  # `alone`, and the workers of some peers, import this file
     main()

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class Call:
-    """One call and what is known of it. Owned by the ledger; others read it."""
+    """One call and what is known of it. Owned by the ledger; others read it, and set who is to be
+    told: `future`, `watched`, `watchers`, `led`."""
 
     __slots__ = (
         "answers", "begun", "bodies", "body", "break_at", "deadline", "done", "dropped", "ended",
@@ -65,9 +66,9 @@ class Call:
         self.done = False  # settled: the future has its outcome
         self.ended = False  # no rank owes anything for it any more
         self.watchers: list[Callable[[], object]] | None = None  # told once it is done
-        # Kept alive until it is done, and told then; None where a waiter keeps it, who sees.
+        # Kept alive, and told once it is done; None while its holder leads: his frame keeps it.
         self.future: object = None
-        self.watched = False  # by callbacks, or by `concurrent.futures.wait`
+        self.watched = False  # by callbacks or `concurrent.futures.wait`: the future is to be told
         self.led = False  # an event loop leads for it: nobody else needs its outcome
 
     def body_for(self, rank: int) -> bytes:

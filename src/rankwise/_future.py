@@ -186,8 +186,8 @@ class GroupFuture(Future[T]):
             engine.wait(call, until)
         finally:
             if not call.done:
-                call.future = self  # as before the wait: nobody's frame keeps it
-                if call.done:
+                call.future = self  # `Lead.take_or_sleep` let go of it; no frame keeps it now
+                if call.done and not call.watched:
                     call.future = None
         if not call.done:
             assert limit is not None  # without a limit it would still wait

@@ -67,7 +67,7 @@ class Keeper:
         pump = self._pump
         failed = False
         while not self._ending:
-            events = pump.outer.poll(self._timeout())
+            events = pump.outer.poll(self._before_sleep())
             if self._ending:
                 break
             try:
@@ -91,7 +91,8 @@ class Keeper:
         what = "%s: the group's own thread failed"
         self._engine.defer(partial(logger.error, what, self._engine.name, exc_info=error))
 
-    def _timeout(self) -> float | None:
+    def _before_sleep(self) -> float | None:
+        """Release what is held. Returns for how long to sleep, seconds; None: until woken."""
         pump = self._pump
         with pump.lock:
             now = clock()
@@ -100,9 +101,9 @@ class Keeper:
                 self._idle = 0
             awake = self._idle < LINGER
             until = max(now, self._next_look) if awake else NEVER
-            if pump.holding:
+            if pump.would_hold:
                 until = min(until, now + HOLD)
-            pump.traffic = pump.holding = False
+            pump.traffic = pump.would_hold = False
             timer = pump.ledger.next_timer()
             if timer is not None:
                 until = min(until, timer)
@@ -128,8 +129,8 @@ class Keeper:
             pump.mend()
         if engine.link.control_fd in fds or engine.link.launcher_pidfd in fds:
             engine.link.hear()
-        # By the clock alone it looks for answers before a deadline, and at what was held; a leader
-        # has seen them.
+        # Woken by the clock alone (a deadline, something held) it leads once: an answer that is
+        # there counts. But it rouses no leader, who has seen all.
         look = due or pump.sockets.deaths or pump.ready_fd in fds
         if (look or not fds) and not pump.lead_once() and look:
             with pump.lock:

@@ -6,18 +6,18 @@
 One thread leads at a time. Where nobody does, but a call is open that no thread waits for, the
 keeper's epoll (or a loop's) is *armed*: it then wakes for replies. Taking the lead disarms both.
 
-A future that is the only open call is *held* at first: most are waited for at once, and to arm the
-keeper for so short a while is a tenth to a fifth of a call. Whoever looks at it without waiting,
-gives up waiting, or submits another has the keeper armed; so has the keeper whenever it wakes, and
-that is `HOLD` later at most (`Pump._may_hold`).
+A future that is the only open call is *held* at first, where the keeper is to wake within `HOLD`
+(`Pump._may_hold`): most are waited for at once, and to arm the keeper for so short a while is a
+tenth to a fifth of a call. Whoever looks at it without waiting, gives up waiting, or submits
+another has the keeper armed; so has the keeper whenever it wakes.
 
 A signal handler may interrupt the main thread anywhere, and call or wait itself, or raise. Its own
 wait takes the lead from the one that it has interrupted (`Waiter.outer`), which cannot go on before
 it returns. Who was struck by an exception is `gone`: it leads no more, and whatever it had taken
 off the sockets is *stranded* until the next leader deals with it.
 
-Pure state, but for the gates and the two ways to arm: every method is called with the pump's lock
-held, blocks nowhere, and can be run again from its start.
+Pure state, but for the gates, the two ways to arm, and `Call.future`: every method but `port_of` is
+called with the pump's lock held, blocks nowhere, and can be run again from its start.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Lead:
 
     def take_or_sleep(self, me: Waiter, call: Call) -> None:
         """`me` waits for `call`: it leads, or sleeps where somebody else does."""
-        self._looked_after(call)
+        self._let_go(call)
         leader = self.current()
         if leader is None or leader.thread == me.thread:
             # Nobody leads; or this runs in a signal handler that interrupted its own thread's
@@ -110,7 +110,7 @@ class Lead:
             self.stranded = self.stranded or leader is not None
             self.take(me)
             if not call.watched:
-                call.future = None  # its holder waits, and need not be told
+                call.future = None  # its holder sees for himself: there is nothing to announce
             return
         if me.gate is None:
             gate = threading.Lock()
@@ -173,7 +173,7 @@ class Lead:
         if unled is not self.armed:
             self.arm(unled)
 
-    def _looked_after(self, call: Call) -> None:
+    def _let_go(self, call: Call) -> None:
         if self.held is call:
             self.held = None
 
@@ -185,7 +185,7 @@ class Lead:
     def led_by_loop(self, call: Call, led: bool) -> None:
         """An event loop leads for `call` from now on, or no longer."""
         call.led = led
-        self._looked_after(call)
+        self._let_go(call)
         self.rearm()
 
     def port_of(self, loop: AbstractEventLoop) -> Port | None:
@@ -194,7 +194,7 @@ class Lead:
                 return port
         return None
 
-    def add(self, port: Port) -> None:
+    def add_port(self, port: Port) -> None:
         self.ports = [*(port for port in self.ports if not port.loop.is_closed()), port]
 
     def disarm(self) -> None:

@@ -437,8 +437,8 @@ class Ledger:
     # -- ends ---------------------------------------------------------------------------------
 
     def _finish(self, call: Call) -> None:
-        call.done = True  # first: who then sets its future sees that, or is seen here
-        if call.watchers or call.future is not None:  # straight code from the line above
+        call.done = True  # before the look at `future`: who sets that looks at `done` afterwards
+        if call.watchers or call.future is not None:  # no handler strikes in between
             self.settled.append(call)
 
     def _end(self, call: Call) -> None:

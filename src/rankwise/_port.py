@@ -29,7 +29,8 @@ TURN = 200e-6  # seconds for which a loop's other tasks may have to wait while i
 
 
 class Port:
-    """What one event loop waits for. All but `settled` and `arm` runs in the loop's thread."""
+    """What one event loop waits for. `settled`, `arm` and `close` run in any thread, the rest in
+    the loop's own."""
 
     def __init__(self, pump: Pump, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -78,7 +79,7 @@ class Port:
                 if call.watchers is None:
                     call.watchers = []
                 call.watchers.append(partial(self.settled, call))
-                self._waiting.setdefault(call, []).append(waiter)  # once somebody will take it out
+                self._waiting.setdefault(call, []).append(waiter)  # after what takes it out
                 pump.lead.led_by_loop(call, True)
             yield from waiter
             pump.spin.waited(clock() - began)

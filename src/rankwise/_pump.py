@@ -1,7 +1,7 @@
 """The pump: bytes from the sockets into the ledger, and outcomes to whoever waits.
 
     call()    > Ledger.begin > Sockets.send ==frame==> worker loop > your method
-    waiter    < Ledger.settled < Sockets.pull < leader <==frame== worker loop < value | Failed
+    waiter    < Ledger.reply < Sockets.pull < leader <==frame== worker loop < value | Failed
 
 There is no reader thread between a socket and its caller. Whoever waits takes the *lead*: it polls
 `_ready` (an epoll of the reply sockets) for the spin budget, sleeps on it after that, and feeds
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 NEVER = float("inf")
 TICK = 0.4  # seconds between the keeper's looks at open calls
-HOLD = 0.02  # seconds for which a call may be held: the keeper wakes as often while some may be
+HOLD = 0.02  # seconds for which a call is held at most; the keeper wakes as often meanwhile
 LONG_SLEEP = 1e6  # seconds; the kernel takes milliseconds, as an int
 LOOKS = 16  # looks at the ranks' news before one at the sockets themselves
 
@@ -76,7 +76,7 @@ class Pump:
         self.teller = Teller(self.ledger.settled, self.lock)
         self.tell = self.teller.tell
         self.wake_at = NEVER  # when the keeper will look at the clock again
-        self.holding = False  # a call was fit to be held since the keeper went to sleep
+        self.would_hold = False  # a call was fit to be held since the keeper went to sleep
         self.served = 0  # how often a leader has polled and fed all that it found
         self.closed = False
         self.traffic = False  # something was submitted since the keeper went to sleep
@@ -120,7 +120,7 @@ class Pump:
                 if lead.leader is None:
                     if waiter is not None:
                         lead.take(waiter)
-                    elif not lead.armed and not calls[0].led:  # several are no loop's
+                    elif not lead.armed:
                         lead.placed(calls[0] if at_once and self._may_hold(calls[0]) else None)
                 self.traffic = True
                 if self.wake_at == NEVER:
@@ -141,10 +141,11 @@ class Pump:
             raise RuntimeError(IN_A_STEP)
 
     def _may_hold(self, call: Call) -> bool:
-        """Whether `call` is a future's, and alone, and the keeper will look before long."""
+        """Whether `call` is a future's, and alone, and the keeper wakes before long. If only the
+        last is not so, it will from now on, and the next is held."""
         if call.future is None or len(self.ledger.open) > 1 or self.sockets.blocked:
             return False
-        self.holding = True  # it will from now on: if not this one, the next is held
+        self.would_hold = True
         return self.wake_at < clock() + HOLD
 
     # -- waiting ------------------------------------------------------------------------------
@@ -373,7 +374,7 @@ class Pump:
 
             port = Port(self, loop)
             with self.lock:
-                self.lead.add(port)
+                self.lead.add_port(port)
         return port
 
     def retire(self) -> None:

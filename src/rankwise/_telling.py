@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Teller:
-    """Tells of what is in `settled`. `announce`: called once the watchers have been."""
+    """Tells of what is in `settled`. `announce`: called after the watchers."""
 
     __slots__ = ("_lock", "_settled", "announce")
 

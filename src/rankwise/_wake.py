@@ -1,4 +1,4 @@
-"""A wake-up: an eventfd that any thread may write to, at any moment of its owner's end."""
+"""A wake-up: an eventfd that any thread may write to, at any moment of its owner's end; a wait."""
 
 from __future__ import annotations
 

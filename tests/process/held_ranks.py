@@ -1,4 +1,4 @@
-"""The ranks of test_held.py."""
+"""The ranks of test_held.py and test_keeper.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A future that is the only open call is held: the keeper is not armed for it until somebody looks.
+"""A future that is the only open call may be held: nothing is armed for it until somebody looks.
 
 Whatever a holder does, he hears of the answer as soon as he would without that; who does nothing
 hears of it when the keeper wakes, `HOLD` later at most. Most tests here have it sleep for longer
@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from drivers import Script
+from drivers import Script, until
 from held_ranks import Held
 
 from rankwise import CallTimeout, GroupClosed, GroupFuture, WorkerDied, WorkerGroup
@@ -65,19 +65,10 @@ def soon() -> Iterator[None]:
     assert time.monotonic() - began < PATIENCE
 
 
-def until(look: Callable[[], object], what: str = "never") -> None:
-    """Wait for `look` to say yes."""
-    with soon():
-        began = time.monotonic()
-        while not look():
-            assert time.monotonic() < began + PATIENCE, what
-            time.sleep(0.001)
-
-
 def held(group: WorkerGroup, *args: object, method: str = "echo") -> GroupFuture[Any]:
     """A future that is held."""
     engine = engine_of(group)
-    until(lambda: engine.next_step is None, "the keeper still looks at the start")
+    until(lambda: engine.next_step is None, what="the keeper looks at the start")
     began = time.monotonic()
     while time.monotonic() < began + PATIENCE:
         first = group.submit("echo")
@@ -366,7 +357,7 @@ def test_a_call_is_held_only_where_the_keeper_will_wake_before_long(ahead: float
     call = Call("m", b"", (0,))
     call.future = object()
     assert pump.submit((call,)) is None
-    assert pump.holding  # it will look more often
+    assert pump.would_hold  # it will look more often
     assert (pump.lead.held is call) is (ahead < HOLD)
     assert pump.lead.armed is not (pump.lead.held is call)
     pump.close()
@@ -400,7 +391,7 @@ def test_a_large_answer_without_an_arena_comes_in_one_go(monkeypatch: pytest.Mon
     monkeypatch.setattr("rankwise.backends.launching.make_room", lambda *args: False)
     with WorkerGroup(Held, 1) as group:
         future = held(group, 8 << 20, method="text")
-        # By what a socket holds, a look: it would take seconds.
+        # One socketful a look would take seconds.
         until(lambda: future._call.done)
         [text] = future.result(0)
         assert len(text) == 8 << 20

@@ -24,9 +24,9 @@ class Wait(NamedTuple):
 class Case(NamedTuple):
     """The `waits` for the first of `calls` calls, of which the others are watched by callbacks.
 
-    held: the first is a future that was submitted alone, before all else; whether somebody looks
-        at it without waiting ("looked at"), and the last call is submitted later than it ("later"),
-        by who waits for it at once ("called").
+    held: the first is a future that was submitted alone, before all else. Words in it: "looked at",
+        somebody does, without waiting; "later", the last call is submitted after it; "called", by
+        who waits for that at once.
     """
 
     waits: tuple[Wait, ...]

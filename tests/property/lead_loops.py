@@ -73,9 +73,7 @@ class Loop(Port):
 
     def cancel(self, call: Call, promise: Promise | None) -> None:
         """The task that awaits `call` is cancelled: before it has parked, or when it has."""
-        if promise is None:
-            self._pump.lead.led_by_loop(call, False)
-        elif not call.done:
+        if not call.done:
             self._leave(call, promise)
 
     def read(self, world: World) -> None:

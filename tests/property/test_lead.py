@@ -60,9 +60,9 @@ def take_from_the_keeper_alone(lead: Lead, me: Waiter) -> None:
     lead.ports = ports
 
 
-# `call.led` says that a loop leads for it.
+# `call.led` stays set.
 def leave_and_still_lead(port: Port, call: Call, waiter: object) -> None:
-    port._waiting.pop(call)
+    port._waiting.pop(call, None)
     port._pump.lead.rearm()
 
 

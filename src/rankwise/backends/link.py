@@ -1,6 +1,6 @@
 """The driver's end of a group's launcher: what it says, what it is told, and how it ends.
 
-    launcher ==Spawned, Output, Told, Exited, Gone=> hear > pids, printer, Pump.deaths, news
+    launcher ==Spawned, Output, Told, Exited, Gone=> hear > pids, printer, Sockets.deaths, news
     send > keeper's flush ==Signal, Ask, Finish, Shown=> launcher
     Finish ==> SIGKILL to what is left, Gone ==> the launcher exits by itself, or is killed here,
                                                  or stays, warm, for the ranks of a restart

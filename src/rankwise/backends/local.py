@@ -2,7 +2,7 @@
 
     construction   validate > pickle target and arguments > launcher > Boot ==> ready
     a call         run, submit > Pump ==frame==> worker          (`_pump.py`)
-    a death        launcher ==Exited=> link > Pump.deaths > ledger broken > ending
+    a death        launcher ==Exited=> link > Sockets.deaths > ledger broken > ending
     the end        `ending.py`, which also says who ends what, and in which order
 
 The keeper's thread drives `step` and `link.hear`; everything else runs in the caller's thread.
