@@ -210,7 +210,10 @@ class GroupFuture(Future[T]):
             except Exception as error:
                 if is_interrupt(error):
                     raise  # nothing is decoded yet: the next who asks does it again
-                self._error = error.with_traceback(None)  # where it was made says nothing
+                error = error.with_traceback(None)  # where it was made says nothing
+                if self._decoded:
+                    return  # likewise: he has taken away what was left to be read
+                self._error = error
             self._decoded = True
             # The pickled values have done their work; a failure may still break the group.
             # In place: a leader puts late answers into this very dict, and counts them there.
@@ -266,6 +269,7 @@ class GroupFuture(Future[T]):
             callbacks = list(self._done_callbacks)
             for waiter in self._standing.untold:
                 self._tell(waiter)
+            self._standing.untold = []  # they keep what they were told of
             self._condition.notify_all()
         for fn in callbacks:
             self._call_back(fn)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from functools import partial
 
 from rankwise._background import Background
@@ -28,7 +29,6 @@ from rankwise._deadline import clock
 from rankwise._lookout import Lookout, Sight
 from rankwise._pump import HOLD, LONG_SLEEP, NEVER, TICK
 from rankwise._status import DONE, LATE, POLLS
-from rankwise._wake import wait_readable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -74,19 +74,21 @@ class Keeper:
                 self._handle({fd for fd, _ in events})
                 failed = False
             except Exception as error:  # ours, or the machine's (no descriptors, no memory)
-                self._give_up(error)
-                if failed:  # what it has not dealt with would wake it again at once
-                    wait_readable(pump.keeper_wake, AGAIN)
+                self._give_up(error, failed)
+                if failed:  # what it has not dealt with wakes it again at once
+                    time.sleep(AGAIN)
                 failed = True
             if self.abandoned:
                 self.abandoned = False
                 threading.Thread(target=self._engine.kill, name=self._thread.name + "-end").start()
 
-    def _give_up(self, error: Exception) -> None:
-        """Nobody may wait for a keeper that failed: the group breaks, and says why."""
+    def _give_up(self, error: Exception, again: bool) -> None:
+        """Nobody may wait for a keeper that failed: the group breaks, and says why, once."""
         with self._pump.lock:
             self._pump.ledger.break_group(Garbled(-1, f"the driver's own thread failed: {error!r}"))
         self._pump.spread()
+        if again:
+            return
         # Not by this thread: a handler of the user's, which may be what failed, must not end it.
         what = "%s: the group's own thread failed"
         self._engine.defer(partial(logger.error, what, self._engine.name, exc_info=error))

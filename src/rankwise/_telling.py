@@ -49,3 +49,4 @@ class Teller:
             with self._lock:
                 if settled and settled[0] is call:
                     settled.popleft()
+                    call.watchers = None  # an event loop's keeps the call

@@ -109,6 +109,9 @@ class Worker:
         self.pass_gate(path)
         raise ValueError("late", self.rank)
 
+    def interrupting(self) -> Any:
+        return Interrupting()
+
     # -- ones that fail -----------------------------------------------------------------------
 
     def fail(self, kind: type[BaseException], *args: Any, ranks: Any = None) -> int:
@@ -238,3 +241,19 @@ class Failing:
     def __init__(self, message: str = "no weights") -> None:
         if worker_info().rank == 1:
             raise OSError(message)
+
+
+INTERRUPTS: list[Any] = []  # what is called in the middle of rebuilding an `Interrupting`, once
+
+
+def interrupt() -> str:
+    if INTERRUPTS:
+        INTERRUPTS.pop()()
+    return "rebuilt"
+
+
+class Interrupting:
+    """A value that is rebuilt by code of the user's, which a signal handler may interrupt."""
+
+    def __reduce__(self) -> Any:
+        return interrupt, ()

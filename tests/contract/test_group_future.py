@@ -11,9 +11,10 @@ import time
 import weakref
 
 import pytest
-from contract_worker import LAST_WINDOW, Worker
+from contract_worker import INTERRUPTS, LAST_WINDOW, Worker
 
 from rankwise import CallTimeout, GroupFuture
+from rankwise._calls import Call
 
 
 def test_it_is_a_future_of_the_standard_library(group):
@@ -207,6 +208,15 @@ def test_a_callback_that_is_added_before_somebody_waits_is_called(group, gate):
     assert called.wait(20)
 
 
+def test_a_handler_that_asks_for_the_value_while_it_is_decoded_spoils_it_for_nobody(group):
+    future = group.submit(Worker.interrupting)
+    within = []
+    INTERRUPTS.append(lambda: within.append(future.result()))
+    assert future.result() == ["rebuilt"] * 3
+    assert within == [["rebuilt"] * 3]
+    assert future.result() is within[0]
+
+
 # -- event loops ----------------------------------------------------------------------------------
 
 # The group keeps one descriptor of a closed loop, until the next loop comes or its own close.
@@ -214,9 +224,10 @@ awaits = pytest.mark.leaks_allowed("the epoll of a closed loop")
 
 
 @awaits
-@pytest.mark.parametrize("way", ["result", "await"])
+@pytest.mark.parametrize("way", ["result", "await", "wait", "as_completed", "a callback"])
 def test_what_was_waited_for_is_collected_without_a_cycle(group, gate, way):
-    """It is gone with its last name: the garbage collector need not look for it."""
+    """It is gone with its last name, and so is its call with the arguments: the garbage collector
+    need not look for them."""
     future = group.submit(Worker.pass_gate, gate.path)
     gate.entered(0, 1, 2)
     seen = weakref.ref(future)
@@ -224,6 +235,14 @@ def test_what_was_waited_for_is_collected_without_a_cycle(group, gate, way):
     opener.start()
     if way == "result":
         future.result()
+    elif way == "wait":
+        concurrent.futures.wait([future])
+    elif way == "as_completed":
+        assert list(concurrent.futures.as_completed([future])) == [future]
+    elif way == "a callback":
+        called = threading.Event()
+        future.add_done_callback(lambda future: called.set())
+        assert called.wait(20)
     else:
 
         async def main(future):
@@ -236,8 +255,10 @@ def test_what_was_waited_for_is_collected_without_a_cycle(group, gate, way):
     try:
         del future
         limit = time.monotonic() + 10
-        while seen() is not None:  # a thread of the group has it in hand, perhaps
-            assert time.monotonic() < limit
+        while seen() is not None or any(
+            type(each) is Call and each.method == "pass_gate" for each in gc.get_objects()
+        ):
+            assert time.monotonic() < limit  # a thread of the group has it in hand, perhaps
             time.sleep(0.001)
     finally:
         gc.enable()
