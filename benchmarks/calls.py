@@ -32,6 +32,7 @@ def echo_worker(config: object, rank: int) -> Echo:
     return Echo()
 
 
+FLOORS = {"floor": False, "floor, spawned ranks": True}
 Timing = Callable[[float], float]  # seconds to run -> median seconds a call
 
 
@@ -101,24 +102,25 @@ def measure(ranks: int, rounds: int, seconds: float) -> dict[str, list[float]]:
     order = random.Random(ranks)
     with subjects(ranks) as others:
         for _ in range(rounds):
-            names = ["floor", *others]
+            names = [*FLOORS, *others]
             order.shuffle(names)
             for name in names:
-                if name == "floor":
-                    took = measure_floor(ranks, seconds)
+                if name in FLOORS:
+                    took = measure_floor(ranks, seconds, spawned=FLOORS[name])
                 else:
                     others[name](seconds / 5)  # warm up
                     took = others[name](seconds)
                 found.setdefault(name, []).append(took)
-    return {name: found[name] for name in ["floor", *others]}
+    return {name: found[name] for name in [*FLOORS, *others]}
 
 
-def measure_floor(ranks: int, seconds: float) -> float:
+def measure_floor(ranks: int, seconds: float, spawned: bool = False) -> float:
     """In a process of its own, forked from a fresh interpreter: the floor's workers spin, and a
     process with threads should not fork."""
     code = (
         "import statistics, sys, time; sys.path.insert(0, sys.argv[1]); from floor import Floor\n"
-        "floor = Floor(int(sys.argv[2])); clock = time.perf_counter; samples = []\n"
+        "floor = Floor(int(sys.argv[2]), sys.argv[4] == 'True')\n"
+        "floor.call(0); clock = time.perf_counter; samples = []\n"
         "end = clock() + float(sys.argv[3]); number = 0\n"
         "while (began := clock()) < end:\n"
         "    floor.call(number); samples.append(clock() - began); number += 1\n"
@@ -131,6 +133,7 @@ def measure_floor(ranks: int, seconds: float) -> float:
         str(Path(__file__).parent),
         str(ranks),
         str(seconds * 1.2),
+        str(spawned),
     ]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

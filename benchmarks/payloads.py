@@ -3,7 +3,7 @@
     to N ranks      call(array), and every rank reads one byte of each page; the same through the
                     drop-in, whose workers are a group each: a copy for each of them
     back            a result of that size, and the caller reads one byte of each page
-    shared          a `shared_array` of 1 GB, passed to all ranks
+    shared          a `shared_array` of 1 GB, passed to all ranks; the same call without an array
     5,000 arrays    of 1.6 KB in one call to one rank, with no more than 256 descriptors allowed
     sweep           bytes a second that one rank is passed, from 1 KB to 1 GB, beside `memcpy`, and
                     the largest step down from a size to twice that size
@@ -27,6 +27,7 @@ from rankwise import WorkerGroup
 
 PAGE = 4096
 MB = 1 << 20
+NO_COPY = ("shared 1 GB", "no array")
 WARM = 3  # rounds before those that count: the second use of memory puts it on huge pages
 
 
@@ -40,7 +41,7 @@ class Reader:
     def give(self) -> np.ndarray:
         return self.array
 
-    def nothing(self, array: np.ndarray) -> None:
+    def nothing(self, array: np.ndarray | None) -> None:
         pass
 
 
@@ -54,12 +55,18 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def usual(work: Callable[[], object], times: int = 9) -> float:
+    """The median of some in a row: what is short, and comes after ranks have slept."""
+    return statistics.median(seconds(work) for _ in range(times))
+
+
 def measure(ranks: int, rounds: int, size: int = 256 * MB) -> dict[str, list[float]]:
     """Seconds of each row, one number a round; the first call of all stands alone."""
     source = np.ones(size, np.uint8)
     target = np.zeros(size, np.uint8)
     found: dict[str, list[float]] = {
-        "memcpy": [], "to all": [], "to all, drop-in": [], "result": [], "shared 1 GB": []
+        "memcpy": [], "to all": [], "to all, drop-in": [], "result": [], "shared 1 GB": [],
+        "no array": [],
     }  # fmt: skip
     with (
         WorkerGroup(Reader, ranks, args=(size,)) as group,
@@ -74,7 +81,8 @@ def measure(ranks: int, rounds: int, size: int = 256 * MB) -> dict[str, list[flo
                 "to all": seconds(lambda: group.call(Reader.read, source)),
                 "to all, drop-in": seconds(lambda: drop_in.call("read", source)),
                 "result": seconds(lambda: group[0].call(Reader.give)[::PAGE].sum()),
-                "shared 1 GB": seconds(lambda: group.call(Reader.nothing, shared)),
+                "shared 1 GB": usual(lambda: group.call(Reader.nothing, shared)),
+                "no array": usual(lambda: group.call(Reader.nothing, None)),
             }
             for name, value in took.items():
                 if turn >= WARM:
@@ -151,7 +159,7 @@ def table(
     lines = [f"{'ms, 256 MB, ' + str(ranks) + ' ranks':<24}{'median (least-most)':>24}{'x':>7}"]
     for name, values in found.items():
         line = f"{name:<24}{spread(scaled(values, 1e3), 2):>24}"
-        if len(values) == len(found["memcpy"]) and name != "shared 1 GB":
+        if len(values) == len(found["memcpy"]) and name not in NO_COPY:
             times = statistics.median(
                 value / copy for value, copy in zip(values, found["memcpy"], strict=True)
             )

@@ -18,7 +18,7 @@ COLORS = (
 MARKERS = "so^vDPX*h"
 
 # In the table alone: as many lines as there are colours are as many as can be told apart.
-NOT_DRAWN = ("drop-in", "submit, forked ranks", "await, forked ranks")
+NOT_DRAWN = ("floor, spawned ranks", "drop-in", "submit, forked ranks", "await, forked ranks")
 
 
 def plot_calls(results: dict[int, dict[str, list[float]]], machine: str, folder: Path) -> None:

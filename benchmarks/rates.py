@@ -1,7 +1,9 @@
 """Calls a second when they are piled up, calls that come slowly, and what idleness costs.
 
     pipelined     submit 20,000 calls to one rank, then wait for them
-    paced         a call every 3 ms, when everybody sleeps, beside a sleeping `multiprocessing.Pipe`
+    paced         a call every 3 ms, when all sleep, beside a sleeping `multiprocessing.Pipe`; and
+                  the last rung of the ladder (rungs.py), half of what a call does, whose rank is
+                  forked from the driver, beside a Pipe to a process forked so
     idle          CPU time of driver, launcher and 4 workers while nothing is called
     every 5 ms    CPU time of a worker that is called so
     busy thread   a call while another thread of the driver computes in Python
@@ -19,12 +21,16 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import lags
 import piled
 from calls import Echo
 from figures import spread
+from rungs import RUNGS
 
 from rankwise import WorkerGroup
 
@@ -51,21 +57,31 @@ def pipelined(rounds: int, calls: int = 20_000) -> list[float]:
     return found
 
 
+def through(pipe: Connection, value: object = 0) -> None:
+    pipe.send(("echo", (value,), {}))
+    pipe.recv()
+
+
 def paced(rounds: int, gap: float = 3e-3, calls: int = 60) -> Rows:
     """Seconds of a call, one every `gap` seconds."""
-    ours, theirs = multiprocessing.Pipe()
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=answer, args=(theirs,), daemon=True)
-    process.start()
-    found: Rows = {"call": [], "Pipe": []}
-    with WorkerGroup(Echo, 1) as group:
-
-        def through_pipe() -> None:
-            ours.send(("echo", (0,), {}))
-            ours.recv()
-
-        subjects = {"call": lambda: group.call(Echo.echo, 0), "Pipe": through_pipe}
-        through_pipe()
+    pipes: dict[str, Callable[[], object]] = {}
+    with ExitStack() as stack:
+        rung = stack.enter_context(closing(RUNGS["struck"](1)))  # forked: before there are threads
+        for method, name in (("fork", "Pipe, forked"), ("spawn", "Pipe")):
+            ours, theirs = multiprocessing.Pipe()
+            context: Any = multiprocessing.get_context(method)
+            process = context.Process(target=answer, args=(theirs,), daemon=True)
+            process.start()
+            stack.callback(process.join)
+            stack.callback(ours.send, None)
+            pipes[name] = partial(through, ours)
+        group = stack.enter_context(WorkerGroup(Echo, 1))
+        subjects = {
+            "call": lambda: group.call(Echo.echo, 0), "rung": lambda: rung.call(0), **pipes,
+        }  # fmt: skip
+        found: Rows = {name: [] for name in subjects}
+        for pipe in pipes.values():
+            pipe()
         for _ in range(rounds):
             samples: Rows = {name: [] for name in subjects}
             for _ in range(calls):
@@ -74,8 +90,6 @@ def paced(rounds: int, gap: float = 3e-3, calls: int = 60) -> Rows:
                     samples[name].append(seconds(subject))
             for name, values in samples.items():
                 found[name].append(statistics.median(values))
-    ours.send(None)
-    process.join()
     return found
 
 
@@ -150,6 +164,8 @@ def measure(rounds: int) -> Rows:
     return {
         "pipelined calls a second": pipelined(rounds),
         "paced call, us": scaled(slow["call"], 1e6),
+        "paced last rung of the ladder, us": scaled(slow["rung"], 1e6),
+        "paced Pipe, forked, us": scaled(slow["Pipe, forked"], 1e6),
         "paced Pipe, us": scaled(slow["Pipe"], 1e6),
         "idle group of 4, % of a core": scaled(idle(rounds), 100),
         "worker called every 5 ms, % of a core": scaled(every_5_ms(rounds), 100),

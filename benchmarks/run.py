@@ -17,6 +17,7 @@ import platform
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -30,6 +31,7 @@ import payloads
 import rates
 import startup
 
+BESIDE = ("numpy", "torch", "ray", "torchmonarch")  # whose versions matter, where they are there
 PARTS = ("calls", "payloads", "rates", "startup")
 
 
@@ -54,7 +56,15 @@ def machine() -> dict[str, object]:
         "cpus": len(os.sched_getaffinity(0)),
         "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
+        **{name: installed for name in BESIDE if (installed := version(name))},
     }
+
+
+def version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def main() -> None:

@@ -151,20 +151,21 @@ class Asleep(Framed):
             if not data:
                 looks = 0
                 until = clock() + POLL
-                while words[BELL] <= due:
-                    sched_yield()
-                    looks += 1
-                    if not looks % LOOKS:
-                        break  # the socket is the truth, whatever the word says
-                    if clock() > until:
-                        poll.poll()
-                        break
-                try:
-                    data = recv(65536)
-                except BlockingIOError:
-                    continue
-                if not data:
-                    return
+                while not data:
+                    while words[BELL] <= due:
+                        sched_yield()
+                        looks += 1
+                        if clock() > until:
+                            poll.poll()
+                            break
+                        if not looks % LOOKS:
+                            break  # the socket is the truth, whatever the word says
+                    try:
+                        data = recv(65536)
+                    except BlockingIOError:
+                        continue
+                    if not data:
+                        return
             magic, kind, _, sequence, call_id, length = unpack(data)
             end = SIZE + length
             if magic != MAGIC or kind != CALL or sequence != due or len(data) < end:
