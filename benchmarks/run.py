@@ -17,6 +17,7 @@ import platform
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,7 +32,6 @@ import payloads
 import rates
 import startup
 
-BESIDE = ("numpy", "torch", "ray", "torchmonarch")  # whose versions matter, where they are there
 PARTS = ("calls", "payloads", "rates", "startup")
 
 
@@ -56,15 +56,16 @@ def machine() -> dict[str, object]:
         "cpus": len(os.sched_getaffinity(0)),
         "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
-        **{name: installed for name in BESIDE if (installed := version(name))},
     }
 
 
-def version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def versions() -> dict[str, str]:
+    """Of what is measured beside rankwise, or through it; what is not installed is not there."""
+    found = {}
+    for name in ("numpy", "torch", "ray", "torchmonarch"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def main() -> None:
@@ -78,8 +79,9 @@ def main() -> None:
     about = machine()
     described = ", ".join(f"{value} {key}" if key == "cpus" else
                           f"{key} {value}" for key, value in about.items())  # fmt: skip
-    print(described, flush=True)
-    found: dict[str, object] = {"machine": about}
+    beside = versions()
+    print(described, "beside " + ", ".join(map(" ".join, beside.items())), sep="\n", flush=True)
+    found: dict[str, object] = {"machine": about, "versions": beside}
     called: dict[int, dict[str, list[float]]] = {}
     started: startup.Rows = {}
     swept: tuple[payloads.Sweep, payloads.Sweep] = ({}, {})

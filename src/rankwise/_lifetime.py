@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import select
 import threading
 import warnings
 
@@ -98,6 +99,12 @@ def abandon(owner: Engine | Seat, name: str) -> None:
             ResourceWarning,
             stacklevel=2,
         )
+
+
+def wait_readable(fd: int, timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
 
 
 def log_unfetched(future: GroupFuture[Any]) -> None:

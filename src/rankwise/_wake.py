@@ -1,9 +1,8 @@
-"""A wake-up: an eventfd that any thread may write to, at any moment of its owner's end; a wait."""
+"""A wake-up: an eventfd that any thread may write to, at any moment of its owner's end."""
 
 from __future__ import annotations
 
 import os
-import select
 from functools import partial
 
 TYPE_CHECKING = False
@@ -30,13 +29,6 @@ class Wake(Write):
 
     def __del__(self) -> None:
         os.close(self.fd)
-
-
-def wait_readable(fd: int, timeout: float) -> bool:
-    """Whether `fd` becomes readable within `timeout` seconds."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
 
 
 def nothing() -> None:
