@@ -16,6 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from rankwise._calls import Call
+
 logger = logging.getLogger("rankwise")
 
 USERS_PATIENCE = 5.0  # seconds that an end waits for a callback of the user's
@@ -56,6 +58,13 @@ class Callbacks:
 
     def put(self, job: Callable[[], object]) -> None:
         self._jobs.put(job)
+
+    def announce(self, call: Call) -> None:
+        """`call` is done: its future tells whoever does not wait, and is kept no longer."""
+        future = call.future
+        if future is not None and call.watched:
+            self.put(future.announce)  # type: ignore[attr-defined]
+        call.future = None
 
     def defer(self, job: Callable[[], object]) -> None:
         """As `put`, with the thread running; where none can be made, once the next `ensure` has.

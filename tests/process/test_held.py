@@ -231,6 +231,12 @@ class Strike(Exception):
     """As a signal handler raises it."""
 
 
+def replace(lead: Any, name: str, instead: Callable[..., None]) -> None:
+    """Have `lead` call `instead` as its method `name`: an object with slots takes no attribute."""
+    members = {"__slots__": (), name: staticmethod(instead)}
+    lead.__class__ = type("Struck", (type(lead),), members)
+
+
 def test_a_strike_as_a_callback_is_added_leaves_it_to_the_keeper(
     group: WorkerGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,17 +266,14 @@ def test_a_strike_as_an_await_parks_leaves_it_to_the_keeper(unhurried: None) -> 
             port = engine_of(group).pump.port(asyncio.get_running_loop())
             led_by_loop, led = lead.led_by_loop, [0]
 
-            class Struck(type(lead)):  # type: ignore[misc]
-                __slots__ = ()
+            def struck(call: Call, loops: bool) -> None:
+                led[0] += 1
+                if led[0] == 2:
+                    call.led = loops
+                    raise Strike  # between the two stores, as it parks
+                led_by_loop(call, loops)
 
-                def led_by_loop(self, call: Call, loops: bool) -> None:
-                    led[0] += 1
-                    if led[0] == 2:
-                        call.led = loops
-                        raise Strike  # between the two stores, as it parks
-                    led_by_loop(call, loops)
-
-            lead.__class__ = Struck
+            replace(lead, "led_by_loop", struck)
             with pytest.raises(Strike):
                 await future
             assert led[0] == 3
@@ -290,16 +293,13 @@ def test_a_strike_as_a_cancelled_await_leaves_it_is_mended(unhurried: None) -> N
             lead = lead_of(group)
             rearm, strikes = lead.rearm, [1]
 
-            class Struck(type(lead)):  # type: ignore[misc]
-                __slots__ = ()
+            def struck() -> None:
+                if strikes and not future._call.led:
+                    strikes.pop()
+                    raise Strike  # no loop leads for it any more, and the keeper is not armed
+                rearm()
 
-                def rearm(self) -> None:
-                    if strikes and not future._call.led:
-                        strikes.pop()
-                        raise Strike  # no loop leads for it any more, and the keeper is not armed
-                    rearm()
-
-            lead.__class__ = Struck
+            replace(lead, "rearm", struck)
             task = asyncio.ensure_future(_awaiting(future))
             await asyncio.sleep(0.02)
             assert future._call.led

@@ -305,10 +305,7 @@ class InlineEngine:
                 call = ledger.settled.popleft()
             for watcher in call.watchers or ():
                 watcher()
-            future = call.future
-            if future is not None and call.watched:
-                self._callbacks.put(future.announce)  # type: ignore[attr-defined]
-            call.future = None
+            self._callbacks.announce(call)
         if ledger.broken is not None:
             self.report_failure(ledger.broken)
         while ledger.reports:

@@ -20,6 +20,7 @@ from rankwise import _procfs
 from rankwise._background import Bell
 from rankwise._calls import Garbled
 from rankwise._deadline import clock, deadline
+from rankwise._lifetime import wait_readable
 from rankwise._messages import (
     Exited,
     Finish,
@@ -31,7 +32,6 @@ from rankwise._messages import (
     SpawnFailed,
     Told,
 )
-from rankwise._wake import wait_readable
 from rankwise.errors import describe_exit
 from rankwise.logs.show import Printer
 

@@ -62,11 +62,11 @@ class LocalEngine:
         self.pump = Pump(started.sockets, self.spin, started.status, started.news)
         self.arena = self.pump.sockets.arena = started.arena
         stack.callback(self.pump.close)
-        self.pump.teller.announce = self._announce
         self.on_break: Callable[[Error], object] | None = None
         self.outlook: str | None = None
         self.retired = False
         self.callbacks = Callbacks(spec.name)
+        self.pump.teller.announce = self.callbacks.announce
         self.reports = Reports(self)
         self.pump.ledger.explains = True
         self.link = LauncherLink(self, started)
@@ -169,12 +169,6 @@ class LocalEngine:
 
     def unfetched(self, future: GroupFuture[Any]) -> None:
         _lifetime.log_unfetched(future)
-
-    def _announce(self, call: Call) -> None:
-        future = call.future
-        if future is not None and call.watched:
-            self.callbacks.put(future.announce)  # type: ignore[attr-defined]
-        call.future = None
 
     # -- the keeper's thread -----------------------------------------------------------------
 
